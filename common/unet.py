@@ -1,0 +1,260 @@
+"""The networks: one U-Net for pictures in all six methods, and a small MLP with the same call for 2-D points.
+
+    net(x, t, label=None, z=None, context=None)
+        x        (B, C, H, W) pictures or latents, or (B, C) points
+        t        (B,) time on a scale of about 0 to 1000, whole or not
+        label    (B,) int64 in 0..classes, where the number `classes` itself means "no label"
+        z        (B, z_dim) the latent of a GAN generator
+        context  (B, L, context_dim) what to attend to
+    returns (B, out_channels, H, W) or (B, out_channels).
+
+A residual U-Net as in Ho 2020, with Nichol 2021's adaptive group norm (time scales and shifts the second norm of each block).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.group_norm import GroupNorm
+
+
+def fourier_time(t, dim):
+    """Sines and cosines of t at dim/2 frequencies from 1 to 1e-4 radians per unit (Vaswani 2017). t (B,) -> float32 (B, dim)."""
+    frequency = torch.exp(torch.arange(dim // 2, device=t.device, dtype=torch.float32) * (-math.log(10000) / (dim // 2)))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def fourier_input(x, powers):
+    """x and sin, cos(2^n pi x) for each n in powers, along the channels (Kingma 2021, section 5.1)."""
+    angles = [x * (2.0 ** n * math.pi) for n in powers]
+    return torch.cat([x] + [f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
+
+
+def zero(layer):
+    """The layer with weights and bias of zero: a residual branch that starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def norm(channels):
+    """GroupNorm over at most 32 groups of at least 4 channels."""
+    return GroupNorm(next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0), channels)
+
+
+class Embedding(nn.Module):
+    """What the picture does not hold: time, label and z, as one vector (B, dim) after a SiLU, for every block to read."""
+
+    def __init__(self, width, dim, classes=0, z_dim=0, z_layers=4):
+        super().__init__()
+        self.width, self.classes, self.z_dim = width, classes, z_dim
+        self.time = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+        if classes:
+            self.label = nn.Embedding(classes + 1, dim)  # the last row is "no label"
+        if z_dim:  # StyleGAN's mapping network, as DDGAN uses it (Xiao 2021, appendix C)
+            layers = [nn.Linear(z_dim, dim)]
+            for _ in range(z_layers - 1):
+                layers += [nn.SiLU(), nn.Linear(dim, dim)]
+            self.mapping = nn.Sequential(*layers)
+
+    def forward(self, t, label=None, z=None):
+        if (label is not None) > (self.classes > 0) or (z is not None) != (self.z_dim > 0):
+            raise ValueError("this network was built without labels" if label is not None and not self.classes
+                             else f"z must be given exactly where z_dim is: z_dim is {self.z_dim}")
+        e = self.time(fourier_time(t, self.width).to(self.time[0].weight.dtype))
+        if self.classes:
+            e = e + self.label(torch.full_like(t, self.classes, dtype=torch.long) if label is None else label)
+        if self.z_dim:  # z on the sphere of radius sqrt(z_dim): its length carries nothing
+            e = e + self.mapping(z * z.square().mean(1, keepdim=True).add(1e-8).rsqrt())
+        return F.silu(e)
+
+
+class Block(nn.Module):
+    """Residual block: norm, SiLU, conv, then norm scaled and shifted by the embedding, SiLU, conv.
+
+    resample -1 or 1 halves or doubles the map inside the block and on its skip, as in BigGAN.
+    """
+
+    def __init__(self, c_in, c_out, dim, resample=0):
+        super().__init__()
+        self.resample = resample
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.scale_shift = nn.Linear(dim, 2 * c_out)
+        self.norm2, self.conv2 = norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, e, size=None):
+        h = self.norm1(x)
+        if self.resample:
+            h, x = resize(h, self.resample, size), resize(x, self.resample, size)
+        h = self.conv1(h)
+        scale, shift = self.scale_shift(e).chunk(2, 1)
+        return self.skip(x) + self.conv2(self.norm2(h, scale, shift))
+
+
+def resize(x, direction, size=None):
+    """Half the map by 2 x 2 means (odd edges kept), or repeat it to `size` (H, W)."""
+    return F.avg_pool2d(x, 2, ceil_mode=True) if direction < 0 else F.interpolate(x, size=size, mode="nearest")
+
+
+class Down(nn.Module):
+    """Half the map by a strided convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, e):
+        return self.conv(x)
+
+
+class Up(nn.Module):
+    """Repeat the map to `size` (H, W), then smooth it by a convolution, to the channels of the finer level."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    def forward(self, x, e, size):
+        return self.conv(resize(x, 1, size))
+
+
+class Attention(nn.Module):
+    """Attention with several heads among the pixels of a map, and then, where there is a context, from pixels to context."""
+
+    def __init__(self, channels, heads, context_dim=0):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv = GroupNorm(norm(channels).groups, channels, silu=False), nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+        if context_dim:
+            self.cross_norm, self.q = nn.LayerNorm(channels), nn.Linear(channels, channels)
+            self.kv, self.cross_out = nn.Linear(context_dim, 2 * channels), zero(nn.Linear(channels, channels))
+
+    def attend(self, q, k, v):
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, L, channels / heads)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x, context=None):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = self.out(self.attend(*self.qkv(h).chunk(3, -1)))
+        if hasattr(self, "kv"):
+            if context is None:
+                raise ValueError("this network attends to a context: give context (B, L, context_dim)")
+            h = h + x.flatten(2).transpose(1, 2)
+            k, v = self.kv(context).chunk(2, -1)
+            return (h + self.cross_out(self.attend(self.q(self.cross_norm(h)), k, v))).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Stage(nn.Module):
+    """A residual block, and attention after it where there is one."""
+
+    def __init__(self, block, attention):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x, e, context=None):
+        h = self.block(x, e)
+        return h if self.attention is None else self.attention(h, context)
+
+
+class UNet(nn.Module):
+    """The one U-Net. See the top of this file for its call.
+
+    in_channels   channels of x;  out_channels: of the result, default the same (twice as many for a learned variance)
+    size          side of x, which places the attention
+    width         channels at full resolution; level i has width * multipliers[i] at size / 2^i
+    blocks        residual blocks a level, on the way down and on the way up; each pair shares a skip connection
+    attention     resolutions (sides) that attend, e.g. (16, 8); the middle has attention too where any level does
+    heads         attention heads
+    classes       number of labels, 0 for none;  z_dim, z_layers: size of z and depth of its mapping network, 0 for none
+    context_dim   size of the context's vectors, 0 for none
+    fourier       powers n of sin, cos(2^n pi x) fed beside x, e.g. (7, 8)
+    resample      "conv" strided and plain convolutions between levels, or "biggan" inside residual blocks
+    """
+
+    def __init__(self, in_channels, out_channels=None, size=16, width=64, multipliers=(1, 2, 2), blocks=2, attention=(8,),
+                 heads=4, classes=0, z_dim=0, z_layers=4, context_dim=0, fourier=(), resample="conv"):
+        super().__init__()
+        if resample not in ("conv", "biggan"):
+            raise ValueError(f"unknown resample {resample!r}: choose conv or biggan")
+        if size < 2 ** (len(multipliers) - 1):
+            raise ValueError(f"{len(multipliers)} levels need pictures of at least {2 ** (len(multipliers) - 1)} pixels, not {size}")
+        dim = 4 * width
+        self.fourier = tuple(fourier)
+        self.embedding = Embedding(width, dim, classes, z_dim, z_layers)
+        self.first = nn.Conv2d(in_channels * (1 + 2 * len(self.fourier)), width, 3, padding=1)
+
+        def attend(channels, side):
+            if side not in attention:
+                return None
+            if channels % heads:
+                raise ValueError(f"{channels} channels cannot be split among {heads} heads: change --heads or --width")
+            return Attention(channels, heads, context_dim)
+
+        widths = [width * m for m in multipliers]
+        sides = [-(-size // 2 ** level) for level in range(len(widths))]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels = width
+        for c, side in zip(widths, sides):
+            if len(self.down):
+                self.down.append(Down(channels) if resample == "conv" else Block(channels, channels, dim, -1))
+            for _ in range(blocks):
+                self.down.append(Stage(Block(channels, c, dim), attend(c, side)))
+                channels = c
+        attends = any(side in attention for side in sides)
+        self.middle = nn.ModuleList([Stage(Block(channels, channels, dim), attend(channels, attention[0]) if attends else None),
+                                     Stage(Block(channels, channels, dim), None)])
+        for c, side in reversed(list(zip(widths, sides))):
+            if len(self.up):
+                self.up.append(Up(channels, c) if resample == "conv" else Block(channels, c, dim, 1))
+                channels = c
+            for _ in range(blocks):
+                self.up.append(Stage(Block(channels + c, c, dim), attend(c, side)))
+                channels = c
+        self.last_norm = norm(channels)
+        self.last = zero(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
+
+    def forward(self, x, t, label=None, z=None, context=None):
+        e = self.embedding(t, label, z)
+        h, skips = self.first(fourier_input(x, self.fourier)), []
+        for layer in self.down:  # every stage leaves its map for the stage of the same size on the way up
+            if isinstance(layer, Stage):
+                h = layer(h, e, context)
+                skips.append(h)
+            else:
+                h = layer(h, e)
+        for layer in self.middle:
+            h = layer(h, e, context)
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                h = layer(torch.cat([h, skips.pop()], 1), e, context)
+            else:
+                h = layer(h, e, skips[-1].shape[2:])
+        return self.last(self.last_norm(h))
+
+
+class MLP(nn.Module):
+    """Residual MLP for points, with the U-Net's call. in_channels is the dimension of a point; depth counts hidden blocks."""
+
+    def __init__(self, in_channels, out_channels=None, width=128, depth=4, classes=0, z_dim=0, z_layers=4, context_dim=0, fourier=()):
+        super().__init__()
+        self.fourier = tuple(fourier)
+        self.embedding = Embedding(width, width, classes, z_dim, z_layers)
+        self.first = nn.Linear(in_channels * (1 + 2 * len(self.fourier)) + context_dim, width)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm=nn.LayerNorm(width, elementwise_affine=False), scale_shift=nn.Linear(width, 2 * width),
+            hidden=nn.Linear(width, 2 * width), out=zero(nn.Linear(2 * width, width)))) for _ in range(depth))
+        self.last_norm, self.last = nn.LayerNorm(width), zero(nn.Linear(width, out_channels or in_channels))
+
+    def forward(self, x, t, label=None, z=None, context=None):
+        e = self.embedding(t, label, z)
+        x = fourier_input(x, self.fourier)
+        h = self.first(x if context is None else torch.cat([x, context.mean(1)], 1))  # a point has one pixel: it attends to the mean
+        for block in self.blocks:
+            scale, shift = block["scale_shift"](e).chunk(2, 1)
+            h = h + block["out"](F.silu(block["hidden"](block["norm"](h) * (1 + scale) + shift)))
+        return self.last(self.last_norm(h))

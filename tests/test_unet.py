@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from common.unet import MLP, UNet, fourier_input, fourier_time
+
+
+def filled(net, seed=0):
+    """Give the zero-initialised layers values, so that every path shows in the output."""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        if p.detach().abs().max() == 0:
+            p.data = torch.randn(p.shape, generator=g) * 0.1
+    return net
+
+
+def unet(size=8, **more):
+    torch.manual_seed(0)
+    return filled(UNet(2, size=size, **dict(dict(width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2), **more)))
+
+
+@pytest.mark.parametrize("resample", ["conv", "biggan"])
+@pytest.mark.parametrize("size", [8, 9, 15, 28])
+def test_any_size_keeps_its_shape(size, resample):
+    net = unet(size, multipliers=(1, 2, 2), resample=resample, out_channels=4)
+    assert net(torch.randn(3, 2, size, size), torch.tensor([1., 500., 1000.])).shape == (3, 4, size, size)
+
+
+def test_starts_as_zero():
+    """Zero-initialised last layers: a new network says nothing, and each residual branch adds nothing."""
+    net = UNet(2, size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2)
+    assert net(torch.randn(1, 2, 8, 8), torch.ones(1)).abs().max() == 0
+    for block in net.modules():
+        if type(block).__name__ == "Block":
+            assert block.conv2.weight.abs().max() == 0
+
+
+def test_samples_of_a_batch_do_not_meet():
+    net, x, t = unet(classes=3).double(), torch.randn(4, 2, 8, 8).double(), torch.tensor([1., 20., 300., 999.])
+    label = torch.tensor([0, 1, 2, 3])
+    whole = net(x, t, label)
+    for i in range(4):
+        assert_close(net(x[i:i + 1], t[i:i + 1], label[i:i + 1]), whole[i:i + 1])
+
+
+@pytest.mark.parametrize("kind", ["unet", "mlp"])
+def test_every_input_matters(kind):
+    """Time, label, z, context and x each change the output, and receive a gradient."""
+    options = dict(classes=3, z_dim=5, context_dim=6, fourier=(1, 2))
+    torch.manual_seed(0)
+    net = unet(**options) if kind == "unet" else filled(MLP(2, width=16, depth=2, **options))
+    x = torch.randn(2, 2, 8, 8) if kind == "unet" else torch.randn(2, 2)
+    given = dict(x=x, t=torch.tensor([10., 900.]), label=torch.tensor([0, 1]), z=torch.randn(2, 5), context=torch.randn(2, 7, 6))
+    before = net(**given)
+    for name, other in dict(x=x + 0.5, t=given["t"] + 50, label=torch.tensor([3, 2]), z=-given["z"], context=-given["context"]).items():
+        changed = (net(**{**given, name: other}) - before).abs().flatten(1).amax(1)
+        assert (changed > 1e-4).all(), name
+    net(**given).square().sum().backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert not without, without
+
+
+def test_no_label_is_the_last_one():
+    net, x, t = unet(classes=3), torch.randn(2, 2, 8, 8), torch.ones(2)
+    assert_close(net(x, t), net(x, t, torch.tensor([3, 3])))
+
+
+def test_time_may_be_continuous():
+    net, x = unet(), torch.randn(1, 2, 8, 8)
+    a, b, c = (net(x, torch.tensor([t])) for t in (500., 500.25, 501.))
+    assert 0 < (a - b).abs().max() < (a - c).abs().max()
+
+
+def test_fourier_features_against_numpy():
+    import numpy as np
+    t = torch.tensor([0., 1., 123.5, 1000.])
+    angle = t.numpy().astype(np.float64)[:, None] * np.exp(-np.log(10000) * np.arange(8) / 8)
+    assert_close(fourier_time(t, 16), torch.from_numpy(np.concatenate([np.cos(angle), np.sin(angle)], 1)).float(), atol=1e-4, rtol=0)
+    x = torch.randn(2, 1, 3, 3)
+    f = fourier_input(x, (7, 8))
+    assert f.shape == (2, 5, 3, 3)
+    assert_close(f[:, 1:2].double(), torch.sin(2 ** 7 * torch.pi * x.double()), atol=1e-4, rtol=0)
+
+
+def test_attention_against_a_loop():
+    """One head at a time, pixel by pixel, in float64."""
+    from common.unet import Attention
+    torch.manual_seed(1)
+    layer = filled(Attention(8, 2)).double()
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    h = layer.norm(x).flatten(2).transpose(1, 2)
+    q, k, v = layer.qkv(h).chunk(3, -1)
+    rows = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., head] @ k[..., head].transpose(1, 2) / 2).softmax(-1)
+        rows.append(weights @ v[..., head])
+    expected = x + layer.out(torch.cat(rows, -1)).transpose(1, 2).view_as(x)
+    assert_close(layer(x), expected)
+
+
+def test_wrong_builds_and_calls_are_named():
+    for build, words in ((lambda: unet(heads=3), "heads"), (lambda: unet(resample="wavelet"), "conv or biggan"),
+                         (lambda: unet(size=2, multipliers=(1, 1, 1)), "at least 4 pixels")):
+        with pytest.raises(ValueError, match=words):
+            build()
+    x, t = torch.randn(1, 2, 8, 8), torch.ones(1)
+    for net, more, words in ((unet(), dict(label=torch.tensor([0])), "without labels"), (unet(z_dim=4), {}, "z_dim is 4"),
+                             (unet(context_dim=4), {}, "context")):
+        with pytest.raises(ValueError, match=words):
+            net(x, t, **more)
