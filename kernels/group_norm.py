@@ -35,6 +35,7 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" or "tr
 
 TILE = 16384  # values of a group that a program holds at once, without spilling registers
 CHUNK = 8192  # values a program takes of a group larger than that
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def group_norm_torch(x, groups, weight, bias, scale=None, shift=None, silu=True, eps=1e-5):
@@ -86,7 +87,7 @@ class GroupNorm(torch.nn.Module):
 
     def __init__(self, groups, channels, silu=True, eps=1e-5):
         super().__init__()
-        if groups < 1 or channels % groups:
+        if groups < 1 or channels < 1 or channels % groups:
             raise ValueError(f"GroupNorm: {groups} groups do not divide {channels} channels")
         self.groups, self.silu, self.eps = groups, silu, eps
         self.weight = torch.nn.Parameter(torch.ones(channels))
@@ -109,8 +110,8 @@ def _layout(x):
 
 
 def _check(x, groups, weight, bias, scale, shift, eps):
-    if x.dim() < 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"group_norm: x must be (N, C, ...) floating-point, not {tuple(x.shape)} {x.dtype}")
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.dtype not in FLOATS:
+        raise ValueError(f"group_norm: x must be a floating-point tensor (N, C, ...), not {_name(x)}")
     n, c = x.shape[:2]
     if not isinstance(groups, int) or groups < 1 or c == 0 or c % groups:
         raise ValueError(f"group_norm: groups = {groups} must be an integer that divides x's {c} channels")
@@ -122,9 +123,14 @@ def _check(x, groups, weight, bias, scale, shift, eps):
                            ("scale", scale, (n, c)), ("shift", shift, (n, c))):
         if v is None and len(shape) == 2:
             continue
-        if v is None or v.shape != shape or not v.is_floating_point() or v.device != x.device:
-            got = "None" if v is None else f"{tuple(v.shape)} {v.dtype} on {v.device}"
-            raise ValueError(f"group_norm: {name} must be {shape} floating-point on {x.device}, not {got}")
+        if (not isinstance(v, torch.Tensor) or v.shape != shape or v.dtype not in FLOATS
+                or v.device != x.device):
+            raise ValueError(f"group_norm: {name} must be a floating-point tensor {shape} on {x.device}, "
+                             f"not {_name(v)}")
+
+
+def _name(v):
+    return f"{tuple(v.shape)} {v.dtype} on {v.device}" if isinstance(v, torch.Tensor) else type(v).__name__
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -162,8 +168,8 @@ class _GroupNorm(torch.autograd.Function):
 def _tiles(x, groups, warps):
     """Tiles of (BC channels, BP positions) over a group of x: kernel arguments, and how many down and across.
 
-    A group of at most TILE values is one tile; a larger one is cut with the long side along memory. A warp takes
-    1,024 values, more where that would be more than `warps` warps.
+    A group of at most TILE values is one tile; a larger one is cut with the long side along memory. A warp
+    takes 1,024 values, more where that would need over `warps` warps.
     """
     n, c = x.shape[:2]
     per_group, positions, last = c // groups, x.numel() // (n * c), _layout(x) != torch.contiguous_format

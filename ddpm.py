@@ -1,0 +1,296 @@
+"""DDPM: denoising diffusion probabilistic models.
+Ho, Jain, Abbeel 2020 (arXiv:2006.11239), with the improvements of Nichol, Dhariwal 2021 (arXiv:2102.09672).
+
+    python ddpm.py --train                          # digits, drawn on the spot
+    python ddpm.py --sample --steps 50 --n 16       # a sheet in runs/ddpm-digits/samples.png
+    python ddpm.py --evaluate                       # FCD, precision, recall, ..., bits/dim
+    python ddpm.py --train --sample --data cifar10 --predict eps --variance learned
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from common import pictures, runs
+from common.runs import JUDGE, NOISE, START, STEP, TIME, option
+from common.schedules import SCHEDULES, alpha_bar, posterior, prediction, timesteps
+from common.unet import MLP, UNet
+from kernels.diffuse import add_noise, denoise_step
+from kernels.noise import randn
+
+
+# ============================================================================================================ Config
+@dataclass
+class Config:
+    T: int = option(1000, "steps from data to noise", low=2)
+    schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES)
+    predict: str = option("v", "what the network's output means", choices=("eps", "x0", "mean", "v"))
+    variance: str = option("beta", "of the reverse step: beta, beta-tilde, or learned between the two (L_hybrid)",
+                           choices=("beta", "beta-tilde", "learned"))
+    conditional: bool = option(False, "train on class labels too, a tenth of them dropped for guidance")
+    steps: int = option(0, "network evaluations, 1 to T; default T, and at most 50 for --evaluate", "sample evaluate", low=1)
+    label: int = option(-1, "draw only this class; default each in turn", "sample", low=0)
+    guidance: float = option(1.0, "classifier-free guidance: eps + (w - 1)(eps - eps without label)", "sample evaluate", low=0)
+
+    width: int = option(64, "channels at full resolution", low=1)
+    multipliers: tuple = option((1, 2, 2), "of the width, one for each level of the U-Net", low=1)
+    blocks: int = option(2, "residual blocks a level", low=1)
+    attention: tuple = option((8,), "sides of the maps that attend", low=1)
+    heads: int = option(4, "attention heads", low=1)
+    resample: str = option("conv", "between levels", choices=("conv", "biggan"))
+
+    iters: int = option(100_000, "updates in all", low=0)
+    minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
+    batch: int = option(64, "pictures in an update", low=1)
+    lr: float = option(2e-4, "learning rate of Adam", above=0)
+    warmup: int = option(100, "updates over which the learning rate rises", low=0)
+    ema: float = option(0.9995, "decay of the mean of the weights that samples are drawn with", low=0, high=0.999999)
+    flip: bool = option(False, "mirror half of the pictures")
+
+
+RECIPES = {  # what differs from Config, by data set; `pictures` is any path
+    "digits": dict(width=32, multipliers=(1, 2, 4), blocks=1, attention=(4,), lr=1e-3, ema=0.995, iters=3000, minutes=2.5),
+    "stacked": dict(width=32, multipliers=(1, 2, 4), blocks=1, attention=(4,), lr=1e-3, ema=0.995, iters=10_000),
+    "swirl": dict(width=128, lr=1e-3, ema=0.995, batch=256, iters=5000),
+    "gaussians": dict(width=128, lr=1e-3, ema=0.995, batch=256, iters=5000),
+    "mnist": dict(width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), lr=1e-3, ema=0.995, iters=10_000),
+    "fashion-mnist": dict(width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), lr=1e-3, ema=0.995, iters=10_000),
+    "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), attention=(16,), batch=128, ema=0.9999, iters=500_000, warmup=5000, flip=True),
+    "pictures": dict(flip=True),
+}
+
+# ========================================================================================================== Notation
+# x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  eps (B, C, H, W) noise;  x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps
+# s < t: the step after t on the way back, t - 1 when every step is visited
+
+
+# ======================================================================================================== The method
+def network(c, shape):
+    """The network for data of this shape, (C, H, W) or (2,): twice the channels out where the variance is learned."""
+    outputs = shape[0] * (2 if c.variance == "learned" else 1)
+    if len(shape) == 1:
+        return MLP(shape[0], outputs, c.width, classes=c.labels)
+    return UNet(shape[0], outputs, shape[-1], c.width, c.multipliers, c.blocks, c.attention, c.heads, c.labels,
+                resample=c.resample).to(memory_format=torch.channels_last)  # spares a copy at each convolution
+
+
+def target(c, x0, x_t, eps, a, s, t, tables):
+    """What the network should have said, and the weight of its squared error. a, s (B, 1, ...): x_t = a x0 + s eps."""
+    if c.predict == "mean":  # eq. 7; its error counts as in the bound, eq. 8, since unweighted it is unstable (Ho 2020, table 2)
+        c_x, c_0, beta = (row[t].view_as(a) for row in tables[:3])
+        return c_x * x_t + c_0 * x0, 1 / (2 * beta)
+    return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[c.predict], 1.0  # eq. 14; v: Salimans 2022
+
+
+def bound(c, x0, x_t, out, t, tables):
+    """L_{t-1} of each sample, for t = 1 the reconstruction of 256 levels, in bits per dimension (B,). Equations 5, 8 and 13.
+
+    tables: c_x, c_0, beta, beta_tilde (1..T, index 0 unused), p_x, p_out of `prediction`. x0 is clipped where it is predicted.
+    """
+    c_x, c_0, beta, beta_tilde, p_x, p_out = (row[t].view(-1, *[1] * (x0.ndim - 1)) for row in tables)
+    out, v = out.chunk(2, 1) if c.variance == "learned" else (out, None)
+    mean = c_x * x_t + c_0 * (p_x * x_t + p_out * out).clamp(-1, 1)
+    log_var = log_variance(c.variance, beta, beta_tilde, v).expand_as(x0)
+    kl = 0.5 * (log_var - beta_tilde.log() - 1 + (beta_tilde.log() - log_var).exp()
+                + (c_x * x_t + c_0 * x0 - mean) ** 2 * (-log_var).exp())
+    nll = -discretised_gaussian(x0, mean, 0.5 * log_var)
+    return torch.where((t == 1).view_as(beta), nll, kl).flatten(1).mean(1) / math.log(2)
+
+
+def log_variance(kind, beta, beta_tilde, v=None):
+    """Of the reverse step: one of Ho 2020's two, or between them in logs by the network's v in [-1, 1] (Nichol 2021, eq. 15)."""
+    if kind == "learned":
+        v = (v + 1) / 2
+        return v * beta.log() + (1 - v) * beta_tilde.log()
+    return (beta if kind == "beta" else beta_tilde).log()
+
+
+def discretised_gaussian(x, mean, log_std):
+    """log of the Gaussian's mass on the level of x, one of 256 in [-1, 1]; the outermost reach to infinity (eq. 13)."""
+    d, per_std = x - mean, (-log_std).exp()
+    upper = torch.special.log_ndtr((1 / 255 - d.abs()) * per_std)  # of the mirrored level below the mean: no 1 - 1
+    lower = torch.special.log_ndtr((-1 / 255 - d.abs()) * per_std)
+    outermost = torch.special.log_ndtr((1 / 255 - d * x.sign()) * per_std)
+    return torch.where(x.abs() > 0.999, outermost, upper + torch.log(-torch.expm1(lower - upper)))
+
+
+def step_tables(c, tau):
+    """c_x, c_0, beta, beta_tilde, p_x, p_out of the walk over tau (rising, ending at T), read at t: float32 (6, T + 1)."""
+    ab = alpha_bar(c.schedule, c.T)
+    t, s = tau, torch.cat([torch.zeros(1, dtype=torch.long), tau[:-1]])
+    c_x, c_0, beta, beta_tilde = posterior(ab[t], ab[s])
+    beta_tilde[0] = beta_tilde[1] if len(tau) > 1 else beta[0]  # instead of 0, whose log is needed (Nichol 2021)
+    p_x, p_out = prediction(c.predict, ab[t], ab[t - 1])
+    tables = torch.full((6, c.T + 1), float("nan"), dtype=torch.float64)
+    tables[:, t] = torch.stack([c_x, c_0, beta, beta_tilde, p_x, p_out])
+    return tables.float()
+
+
+# ============================================================================================================ Sample
+@torch.no_grad()
+def sample(c, net, shape, first, n, steps, label=None, frames=None):
+    """Draw samples first .. first + n - 1 of c.seed with exactly `steps` network evaluations (algorithm 2, strided).
+
+    label: (n,) int64 or None; frames: a list that receives x0 as predicted at each step. Returns (n, *shape).
+    """
+    tau = timesteps(c.T, steps)
+    tables = step_tables(c, tau).to(c.device)
+    x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
+    for t in runs.progress(tau.flip(0).tolist(), f"samples {first} to {first + n - 1}"):
+        with runs.autocast(c):
+            out, out_uncond = guided(c, net, x, t, label)
+        c_x, c_0, beta, beta_tilde, p_x, p_out = tables[:, t]
+        v, std = None, None
+        if c.variance == "learned":
+            (out, v), out_uncond = out.chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
+        sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t > tau[0])  # no noise on the last step
+        coef = torch.stack([p_x, p_out, c_x, c_0, sigma if v is None else torch.zeros_like(c_x)])
+        x, x0 = denoise_step(x, out, coef, c.seed, first, t, STEP, out_uncond=out_uncond, guidance=c.guidance,
+                             clip=len(shape) == 3, std=None if v is None else sigma, return_x0=True)
+        if frames is not None:
+            frames.append(x0.cpu())
+    return x
+
+
+def guided(c, net, x, t, label):
+    """The network's output with the label and, for guidance, without: one evaluation, of a doubled batch. t: a number."""
+    t = torch.full((len(x),), 1000 * t / c.T, device=x.device)
+    if label is None or c.guidance == 1:
+        return net(x, t, label), None
+    return net(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), torch.cat([label, torch.full_like(label, c.labels)])).chunk(2)
+
+
+# ============================================================================================================= Train
+def train(c):
+    """Algorithm 1. Returns whether there was anything left to train."""
+    runs.join(c)
+    data = runs.load_data(c)
+    c.labels = runs.count_labels(c, data.classes)
+    torch.manual_seed(c.seed)
+    net = network(c, data.shape).to(c.device)
+    ema = runs.EMA(net, c.ema)
+    optimizer = torch.optim.Adam(net.parameters(), c.lr, fused=c.device.type != "mps")
+    run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
+    began = run.step
+    f = torch.compile(net) if c.compile else net
+
+    ab = alpha_bar(c.schedule, c.T)
+    a, s = ab.sqrt().float().to(c.device), (1 - ab).sqrt().float().to(c.device)
+    tables = step_tables(c, torch.arange(1, c.T + 1)).to(c.device)
+    part = runs.rows(c.batch)
+
+    for step in run:
+        x0, label = runs.training_batch(data, c, step, c.flip)
+        label = runs.drop_labels(label, c, step) if c.conditional else None
+        # one t in each of `batch` equal parts of 1..T: every t as often as any other, and less noise than independent draws
+        u = torch.rand(1, generator=runs.generator(c.seed, TIME, step), dtype=torch.float64)
+        t = ((torch.arange(c.batch) + u) / c.batch * c.T).long().clamp(max=c.T - 1)[part].to(c.device) + 1
+        x_t, eps = add_noise(x0, a[t], s[t], c.seed, part.start, step, NOISE)
+
+        with runs.autocast(c):
+            out = f(x_t, t * (1000 / c.T), label)
+        out = out.float()
+        each = lambda v: v[t].view(-1, *[1] * (x0.ndim - 1))  # noqa: E731
+        y, weight = target(c, x0, x_t, eps, each(a), each(s), t, tables)
+        mean = out.chunk(2, 1)[0] if c.variance == "learned" else out
+        loss = (weight * (y - mean) ** 2).mean()
+        if c.variance == "learned":  # L_hybrid: the bound teaches the variance only (Nichol 2021, eq. 16)
+            stopped = torch.cat([mean.detach(), out.chunk(2, 1)[1]], 1)
+            loss = loss + c.T / 1000 * bound(c, x0, x_t, stopped, t, tables).mean()
+
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * min(1, step / max(1, c.warmup))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        runs.average_gradients(net.parameters())
+        optimizer.step()
+        ema.update(net)
+        run.log(loss=loss)
+    return run.step > began
+
+
+# ========================================================================================================== Evaluate
+@torch.no_grad()
+def bits_per_dim(c, net, data, n=500, draws=16):
+    """The variational bound on -log2 p(x0) per dimension over n held-out pictures: mean and its standard error (eq. 5).
+
+    The terms of t = 1 and T are computed for each picture, those between at `draws` stratified t each: unbiased.
+    """
+    n = min(n, len(data))
+    ab = alpha_bar(c.schedule, c.T)
+    a, s = ab.sqrt().float().to(c.device), (1 - ab).sqrt().float().to(c.device)
+    tables, total = step_tables(c, torch.arange(1, c.T + 1)).to(c.device), []
+    for first in runs.progress(range(0, n, 32), "bits/dim"):
+        index = torch.arange(first, min(first + 32, n))
+        x0, label = data.batch(index, c.device)
+        log_s2 = torch.log1p(-ab[c.T])  # the prior: KL(q(x_T | x0) || N(0, 1))
+        sum_bits = (0.5 * (a[c.T] ** 2 * x0 ** 2 - ab[c.T] - log_s2)).flatten(1).mean(1).double() / math.log(2)
+        u = torch.rand((draws, len(index)), generator=runs.generator(c.seed, JUDGE, first))
+        u = ((torch.arange(draws)[:, None] + u) / draws * (c.T - 1)).long().clamp(max=c.T - 2) + 2  # 2..T
+        for draw, t in enumerate([torch.ones(len(index), dtype=torch.long), *u]):
+            t = t.to(c.device)
+            x_t, _ = add_noise(x0, a[t], s[t], c.seed, first, draw, JUDGE)
+            with runs.autocast(c):
+                out = net(x_t, t * (1000 / c.T), label if c.conditional else None)
+            sum_bits += bound(c, x0, x_t, out.float(), t, tables).double() * (1 if draw == 0 else (c.T - 1) / draws)
+        total.append(sum_bits.cpu())
+    total = torch.cat(total)
+    return total.mean().item(), (total.std() / len(total) ** 0.5).item()
+
+
+# ============================================================================================================== Main
+def check(c):
+    """What the flags of one command, or flags and checkpoint together, cannot mean."""
+    with runs.inputs():
+        timesteps(c.T, c.steps or 1)
+        if not c.conditional and (c.label >= 0 or c.guidance != 1):
+            raise ValueError("--label and --guidance need a model trained with --conditional")
+        if c.predict == "mean" and c.precision == "bf16":
+            if "precision" in c.given:
+                raise ValueError("--predict mean needs --precision fp32: x_{t-1} and x_t differ by less than bf16 resolves")
+            c.precision = "fp32"
+
+
+def main():
+    c = runs.parse(Config, RECIPES, __doc__)
+    if c.train:
+        check(c)
+        if not train(c):
+            print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
+        elif not c.sample and not c.evaluate:
+            c.sample, c.steps = True, min(50, c.T)  # leave a sheet to look at
+    if not (c.sample or c.evaluate) or runs.rank() != 0:
+        return
+    saved, c = runs.trained(c)
+    check(c)
+    shape = saved["data"]["shape"]
+    c.labels = runs.count_labels(c, saved["data"]["classes"])
+    ema = runs.EMA(network(c, shape).to(c.device), c.ema)
+    with runs.inputs():
+        runs.load_states(saved, c.checkpoint, ema=ema)
+    net = torch.compile(ema.net) if c.compile else ema.net
+
+    if c.sample:
+        frames = [] if c.out.endswith(".gif") else None
+        x, label, watch = draw(c, net, shape, c.n or 64, c.steps or c.T, frames)
+        print(watch.report(c.steps or c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
+    if c.evaluate:
+        steps = c.steps or min(50, c.T)
+        x, _, watch = draw(c, net, shape, c.n or 1000, steps)
+        result = runs.judge(c, x, steps, watch)
+        if len(shape) == 3:
+            result["bits/dim"], result["bits/dim +-"] = bits_per_dim(c, net, runs.load_data(c, "test"))
+        runs.write_result(c, result)
+
+
+def draw(c, net, shape, n, steps, frames=None):
+    """n samples, a batch at a time: them, their labels (or None), and the stopwatch that timed each batch."""
+    label, watch, parts = runs.sample_labels(c, n), runs.Stopwatch(c.device), []
+    for first, size in runs.chunks(n, frames):
+        parts.append(sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu())
+        watch.lap(size)
+    return torch.cat(parts), label, watch
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+import csv
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from common import runs
+from conftest import ROOT
+
+
+# ------------------------------------------------------------------------------------------------------ random draws
+def test_every_epoch_visits_each_picture_once():
+    seen = torch.cat([runs.batch_index(50, 8, seed=3, step=s) for s in range(1, 26)])  # 200 = 4 epochs, batches across their ends
+    for epoch in seen.view(4, 50):
+        assert epoch.sort().values.tolist() == list(range(50))
+    assert seen[:50].tolist() != seen[50:100].tolist()
+    assert runs.batch_index(5, 12, seed=0, step=1).shape == (12,)  # a batch may hold more than an epoch
+
+
+def test_draws_depend_on_their_three_numbers_alone():
+    def draw(*key):
+        return torch.rand(4, generator=runs.generator(*key)).tolist()
+    torch.manual_seed(0)
+    first = draw(0, runs.TIME, 7)
+    torch.manual_seed(1)
+    torch.rand(10)
+    assert draw(0, runs.TIME, 7) == first
+    assert len({tuple(draw(*k)) for k in ((0, 1, 7), (1, 0, 7), (0, 2, 7), (0, 1, 8), (2 ** 62, 1, 7), (7, 1, 0))}) == 6
+
+
+def test_streams_are_distinct():
+    names = "ORDER FLIP TIME NOISE DROP START STEP LABEL JUDGE".split()
+    assert len({getattr(runs, n) for n in names}) == len(names)
+
+
+def test_ranks_share_a_batch(monkeypatch):
+    whole = list(range(12))
+    parts = []
+    for r in range(3):
+        monkeypatch.setenv("RANK", str(r))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        parts += whole[runs.rows(12)]
+    assert parts == whole
+
+
+# --------------------------------------------------------------------------------------------------------------- EMA
+def test_ema_against_its_definition():
+    net = torch.nn.Linear(2, 1)
+    ema = runs.EMA(net, 0.9)
+    mean = net.weight.detach().clone().double()
+    for n in range(1, 200):
+        with torch.no_grad():
+            net.weight.fill_(float(n))
+        ema.update(net)
+        decay = min(0.9, (1 + n) / (10 + n))
+        mean = decay * mean + (1 - decay) * n
+    assert_close(ema.net.weight.double(), mean, atol=1e-4, rtol=1e-6)
+    again = runs.EMA(torch.nn.Linear(2, 1), 0.9)
+    again.load_state_dict(ema.state_dict())
+    assert again.updates == 199 and torch.equal(again.net.weight, ema.net.weight)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+def test_written_is_all_or_nothing(tmp_path):
+    path = tmp_path / "a" / "file"
+    with runs.written(path) as f:
+        f.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with runs.written(path) as f:
+            f.write_text("half")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "pickle", "torch pickle", "cut", "foreign", "number"])
+def test_bad_checkpoints_are_named_and_nothing_in_them_runs(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "text":
+        path.write_text("hello " * 100)
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif content == "torch pickle":
+        torch.save(dict(method="ddpm", config=Evil(), data={}, step=1), path)
+    elif content == "foreign":
+        torch.save({"state_dict": {"w": torch.ones(3)}}, path)
+    elif content == "number":
+        torch.save(3, path)
+    else:
+        torch.save(dict(method="ddpm", config={}, data={}, step=1, w=torch.ones(10000)), path)
+        path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(ValueError, match="not a checkpoint of this project, or is damaged"):
+        runs.load_checkpoint(path, ("ddpm",))
+    assert not (tmp_path / "executed").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- Run
+class Thing:
+    """Something to save."""
+    def __init__(self):
+        self.value = 0
+
+    def state_dict(self):
+        return dict(value=self.value)
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def settings(folder, **more):
+    c = dict(run=folder, method="ddpm", data="digits", name="digits", iters=35, minutes=0.0, lr=0.5, batch=4, seed=0, fresh=False,
+             device=torch.device("cpu"), given=set(), train_fields=["lr", "iters", "minutes", "batch", "seed"])
+    return SimpleNamespace(**{**c, **more})
+
+
+DATA = SimpleNamespace(name="digits", shape=(1, 4, 4), classes=["a", "b"])
+
+
+def test_run_counts_saves_and_resumes(tmp_path):
+    thing = Thing()
+    for step in (run := runs.Run(settings(tmp_path / "r", iters=25), DATA, thing=thing)):
+        thing.value += step
+        run.log(loss=torch.tensor(float(step)))
+    again = Thing()
+    for step in (run := runs.Run(settings(tmp_path / "r"), DATA, thing=again)):
+        assert step > 25
+        again.value += step
+        run.log(loss=torch.tensor(float(step)))
+    assert again.value == sum(range(1, 36))
+    with open(tmp_path / "r" / "metrics.csv") as f:
+        rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(f)]
+    assert rows == [(10, 5.5), (20, 15.5), (25, 23.0), (30, 28.0), (35, 33.0)]
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["seed"] == 0
+    assert not list(runs.Run(settings(tmp_path / "r"), DATA, thing=Thing()))  # done: the same command does nothing
+
+
+def test_rows_after_the_checkpoint_are_cut(tmp_path):
+    for step in (run := runs.Run(settings(tmp_path, iters=20), DATA, thing=Thing())):
+        run.log(loss=torch.tensor(1.0))
+    with open(tmp_path / "metrics.csv", "a") as f:
+        f.write("30,1.00,7\n40,1.")  # as a killed run leaves them
+    for step in (run := runs.Run(settings(tmp_path, iters=30), DATA, thing=Thing())):
+        run.log(loss=torch.tensor(2.0))
+    assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().split()] == ["step", "10", "20", "30"]
+
+
+@pytest.mark.parametrize("change,words", [(dict(lr=0.1), "lr = 0.5, not 0.1"), (dict(seed=1), "seed = 0, not 1"),
+                                          (dict(name="mnist"), "data = digits, not mnist"), (dict(method="ddim"), "checkpoint of ddpm.py")])
+def test_a_changed_setting_is_named(change, words, tmp_path, capsys):
+    for step in (run := runs.Run(settings(tmp_path, iters=10), DATA, thing=Thing())):
+        run.log(loss=torch.tensor(1.0))
+    with pytest.raises(SystemExit) as stopped:
+        runs.Run(settings(tmp_path, **change), DATA, thing=Thing())
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    runs.Run(settings(tmp_path, iters=40, minutes=3.0), DATA, thing=Thing())
+    assert list(runs.Run(settings(tmp_path, fresh=True, lr=0.1, iters=10), DATA, thing=Thing()))[0] == 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "SAVE_EVERY", -1.0)
+    thing = Thing()
+    with pytest.raises(SystemExit) as stopped:
+        for step in (run := runs.Run(settings(tmp_path), DATA, thing=thing)):
+            thing.value = step
+            run.log(loss=torch.tensor(math.nan if step >= 17 else 1.0))
+    assert stopped.value.code == 2 and "update 17 is not finite" in capsys.readouterr().err
+    assert torch.load(tmp_path / "checkpoint.pt")["thing"]["value"] == 10
+
+
+def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+
+    def train(minutes):
+        done = 0
+        for step in (run := runs.Run(settings(tmp_path, iters=1000, minutes=minutes), DATA, thing=Thing())):
+            now[0] += 6.0
+            done += 1
+            run.log(loss=torch.tensor(1.0))
+        return done
+    assert train(1.0) == 10 and train(1.0) == 0 and train(1.5) == 5
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+def test_averaged_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Two processes over gloo, with a double backward in the loss, as R1 has."""
+    program = tmp_path / "p.py"
+    program.write_text("""
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from types import SimpleNamespace
+from common import runs
+torch.set_num_threads(1)
+c = SimpleNamespace(batch=6, device=torch.device("cpu"))
+runs.join(c)
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+x = torch.randn(6, 3, dtype=torch.float64)[runs.rows(6)].requires_grad_()
+y = net(x)
+slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
+(y.square().mean() + slope.square().sum(1).mean()).backward()
+runs.average_gradients(net.parameters())
+if runs.rank() == 0:
+    torch.save([p.grad for p in net.parameters()], sys.argv[2])
+""")
+    for n in (1, 2):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", program, ROOT,
+                        tmp_path / f"{n}.pt"], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    for one, two in zip(torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")):
+        assert one is not None and one.abs().max() > 0 or one.numel() == 1
+        assert_close(one, two, rtol=1e-12, atol=1e-14)

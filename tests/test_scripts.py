@@ -1,0 +1,258 @@
+"""The scripts as a user runs them: trained for seconds on drawn digits, sampled, resumed after SIGKILL, given wrong input."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from conftest import ROOT
+
+SMALL = ["--width", "8", "--multipliers", "1,2", "--blocks", "1", "--attention", "4", "--heads", "2", "--size", "8", "--batch", "16",
+         "--lr", "2e-3", "--T", "100"]
+POINTS = ["--data", "swirl", "--width", "32", "--T", "50", "--batch", "64"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to run in, with one trained model of each script; the drawn data is made once."""
+    folder = tmp_path_factory.mktemp("place")
+    for script in ("ddpm", "ddim"):
+        run(folder, script, "--train", "--iters", "200", *SMALL)
+    return folder
+
+
+def command(script, *flags):
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+
+
+def run(folder, script, *flags, code=0, **env):
+    done = subprocess.run(command(script, *flags), cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+def losses(folder):
+    rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
+    return rows["loss"]
+
+
+@pytest.mark.parametrize("script", ["ddpm", "ddim"])
+def test_a_run_learns_and_leaves_its_files(place, script):
+    folder = place / "runs" / f"{script}-digits"
+    assert {"checkpoint.pt", "config.json", "metrics.csv", "samples.png"} <= {p.name for p in folder.iterdir()}
+    loss = losses(folder)
+    assert len(loss) == 20 and loss[-5:].mean() < 0.6 * loss[0]
+    sheet = np.asarray(Image.open(folder / "samples.png"))
+    assert sheet.ndim == 2 and len(np.unique(sheet)) > 20
+
+
+@pytest.mark.parametrize("script", ["ddpm", "ddim"])
+def test_sample_i_of_a_seed_is_the_same_whatever_n(place, script):
+    pictures = {}
+    for n in (3, 5):
+        done = run(place, script, "--sample", "--n", n, "--steps", 7, "--seed", 4, "--out", f"{script}{n}.npz")
+        assert f"{n} samples in" in done.stdout and "7 network evaluations" in done.stdout
+        with np.load(place / f"{script}{n}.npz") as arrays:
+            pictures[n] = arrays["arr_0"].astype(int)
+            assert pictures[n].shape == (n, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8 and (arrays["arr_1"] == -1).all()
+    near = np.abs(pictures[3] - pictures[5][:3]) <= 1
+    assert near.mean() >= 0.999 and np.abs(pictures[5][0] - pictures[5][1]).mean() > 1
+    run(place, script, "--sample", "--n", 3, "--steps", 7, "--seed", 4, "--out", "again.npz")
+    with np.load(place / "again.npz") as arrays:
+        assert (arrays["arr_0"] == pictures[3]).all()
+    run(place, script, "--sample", "--n", 3, "--steps", 7, "--seed", 5, "--out", "other.npz")
+    with np.load(place / "other.npz") as arrays:
+        assert (arrays["arr_0"] != pictures[3]).any()
+
+
+def test_out_takes_every_form(place):
+    run(place, "ddim", "--sample", "--n", 4, "--steps", 3, "--out", "walk.gif")
+    assert Image.open(place / "walk.gif").n_frames >= 3
+    run(place, "ddim", "--sample", "--n", 2, "--steps", 3, "--out", "folder")
+    assert sorted(p.name for p in (place / "folder").iterdir()) == ["00000.png", "00001.png"]
+    assert Image.open(place / "folder" / "00000.png").size == (8, 8)
+
+
+def test_ddim_takes_a_ddpm_checkpoint(place, tmp_path):
+    run(place, "ddim", "--sample", "--n", 2, "--steps", 5, "--out", tmp_path / "a.npz", "--checkpoint", "runs/ddpm-digits/checkpoint.pt")
+    os.symlink(place / "data", tmp_path / "data")
+    os.makedirs(tmp_path / "runs")
+    os.symlink(place / "runs" / "ddpm-digits", tmp_path / "runs" / "ddpm-digits")
+    done = run(tmp_path, "ddim", "--sample", "--n", 2, "--steps", 5, "--out", "b.npz")
+    assert "ddpm-digits" in done.stdout
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert (a["arr_0"] == b["arr_0"]).all()
+
+
+def test_eta_1_is_ddpm(place):
+    """The same checkpoint, noise and steps: DDIM's update with eta = 1 is DDPM's with the posterior variance."""
+    run(place, "ddpm", "--train", "--iters", "60", *SMALL, "--variance", "beta-tilde", "--run", "tilde")
+    for steps in (100, 10):
+        run(place, "ddpm", "--sample", "--run", "tilde", "--n", 4, "--steps", steps, "--out", "p.npz")
+        run(place, "ddim", "--sample", "--checkpoint", "tilde/checkpoint.pt", "--n", 4, "--steps", steps, "--eta", 1, "--out", "i.npz")
+        with np.load(place / "p.npz") as p, np.load(place / "i.npz") as i:
+            assert (np.abs(p["arr_0"].astype(int) - i["arr_0"].astype(int)) <= 1).mean() >= 0.999
+            assert p["arr_0"].std() > 20
+
+
+def test_encode_and_interpolate(place):
+    done = run(place, "ddim", "--encode")
+    table = {int(k): float(v) for k, v in (line.split() for line in done.stdout.splitlines()[1:-1])}
+    assert sorted(table) == [10, 20, 50, 100] and table[100] < table[10]
+    run(place, "ddim", "--interpolate", "--n", 2, "--steps", 4)
+    assert Image.open(place / "runs" / "ddim-digits" / "interpolate.png").size[0] > 5 * Image.open(
+        place / "runs" / "ddim-digits" / "interpolate.png").size[1] / 2
+
+
+@pytest.mark.parametrize("script", ["ddpm", "ddim"])
+def test_points(place, script):
+    run(place, script, "--train", "--iters", "40", *POINTS)
+    run(place, script, "--sample", "--data", "swirl", "--n", 30, "--steps", 5, "--out", "points.npz")
+    with np.load(place / "points.npz") as arrays:
+        assert arrays["arr_0"].shape == (30, 2) and arrays["arr_0"].dtype == np.float32
+
+
+def test_labels_guidance_and_learned_variance(place):
+    run(place, "ddpm", "--train", "--iters", "30", *SMALL, "--conditional", "--variance", "learned", "--predict", "eps", "--run", "labels")
+    run(place, "ddpm", "--sample", "--run", "labels", "--n", 12, "--steps", 5, "--guidance", 2, "--out", "c.npz")
+    run(place, "ddim", "--sample", "--checkpoint", "labels/checkpoint.pt", "--n", 3, "--steps", 5, "--label", 7, "--out", "d.npz")
+    with np.load(place / "c.npz") as c, np.load(place / "d.npz") as d:
+        assert c["arr_1"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1] and d["arr_1"].tolist() == [7, 7, 7]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("script", ["ddpm", "ddim"])
+def test_killed_and_resumed_equals_never_killed(place, script):
+    """SIGKILL at a random moment of training, twice; then every weight, moment and logged loss is the same, bit for bit."""
+    flags = [script, "--train", "--iters", "400", *SMALL]
+    whole = place / f"whole-{script}"
+    run(place, *flags, "--run", whole)
+    folder = place / f"killed-{script}"
+    for _ in range(2):
+        rows = len(losses(folder)) if (folder / "metrics.csv").exists() and (folder / "metrics.csv").read_text().count("\n") > 2 else 0
+        often = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {command(*flags, '--run', folder)[1:]}\n"
+                 f"from common import runs; runs.SAVE_EVERY = 0.2; import {script}; {script}.main()")
+        process = subprocess.Popen([sys.executable, "-c", often], cwd=place, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        end = time.monotonic() + 60
+        while time.monotonic() < end and process.poll() is None and (
+                not (folder / "metrics.csv").exists() or (folder / "metrics.csv").read_text().count("\n") < rows + 5):
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.3)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    step = weights(folder)["step"]
+    assert 0 < step < 400
+    run(place, *flags, "--run", folder)
+    one, two = weights(whole), weights(folder)
+    for part in ("net", "ema", "optimizer", "step"):
+        assert same(one[part], two[part]), part
+    assert losses(whole).tolist() == losses(folder).tolist()
+
+
+def test_ctrl_c_saves_and_exits_130(place):
+    process = subprocess.Popen(command("ddpm", "--train", "--iters", "100000", *SMALL, "--run", "stopped"), cwd=place,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (place / "stopped" / "metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and weights(place / "stopped")["step"] >= 10
+
+
+def test_two_processes_equal_one(place):
+    """Half the batch each: the loss curve of one process, to rounding."""
+    flags = ["--train", "--iters", "30", *SMALL, "--conditional"]
+    run(place, "ddpm", *flags, "--run", "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "ddpm.py"),
+                    *flags, "--run", "two"], cwd=place, check=True, timeout=300, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = losses(place / "one"), losses(place / "two")
+    assert len(one) == 3 and one[0] != one[2]
+    np.testing.assert_allclose(two, one, rtol=2e-5)
+    for a, b in zip(weights(place / "one")["net"].values(), weights(place / "two")["net"].values()):
+        assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_help_imports_only_torch(tmp_path):
+    for flags, code in ((["--help"], 0), ([], 0), (["--lr", "nan", "--train"], 2)):
+        done = run(tmp_path, "ddim", *flags, code=code, PYTHONPROFILEIMPORTTIME="1")
+        imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time")}
+        assert "torch" in imported and not imported & {"PIL", "matplotlib", "torchvision"}
+        assert "triton" not in imported or torch.cuda.is_available()
+        assert not list(tmp_path.iterdir())
+
+
+WRONG = [  # flags, and words that the one line on stderr must hold
+    ("--sample --steps 0", "--steps"), ("--sample --steps 101", "from 1 to 100"), ("--sample --n 0", "--n"), ("--sample --n -3", "--n"),
+    ("--sample --n many", "whole number"), ("--train --lr nan", "finite"), ("--train --lr 0", "more than 0"), ("--train --lr inf", "finite"),
+    ("--train --iters -1", "--iters"), ("--train --width 0", "--width"), ("--train --batch 0", "--batch"), ("--train --T 1", "--T"),
+    ("--train --data mnis", "no such file or folder"), ("--train --data empty", "empty"), ("--train --data texts", "texts"),
+    ("--sample --checkpoint cut.pt", "damaged"), ("--sample --checkpoint no.pt", "no.pt"), ("--sample --checkpoint empty.pt", "damaged"),
+    ("--sample --data mnist", "train first"), ("--sample --checkpoint other.pt --data mnist", "--data digits"),
+    ("--sample --size 16", "--size 8"), ("--sample --out a.jpg", "unknown ending"), ("--sample --out texts/a.txt/b.png", "cannot be written"),
+    ("--sample --device cuda", "--device cuda"), ("--sample --eat 1", "--eat"), ("--sample --lr 1e-3", "--train"), ("--train --n 3", "--sample"),
+    ("--sample --label 3", "--conditional"), ("--sample --guidance 2", "--conditional"), ("--train --schedule cubic", "--schedule"),
+    ("--train --multipliers 1,x", "whole numbers"), ("--train --heads 3 --fresh", "heads"), ("--train --width 16 --size 8", "width = 8"),
+    ("--train --checkpoint cut.pt", "--checkpoint"), ("--sample --precision fp8", "--precision"), ("--train --size 3", "--size"),
+    ("--train --classes eleven", "eleven"), ("--train --data swirl --conditional", "--conditional"),
+    ("--sample --n 300 --out many.gif", "256"),
+]
+
+
+@pytest.mark.parametrize("script", ["ddpm", "ddim"])
+@pytest.mark.parametrize("flags,words", WRONG, ids=[w[0] for w in WRONG])
+def test_wrong_input_ends_with_one_line(place, script, flags, words, monkeypatch, capsys):
+    if torch.cuda.is_available() and "cuda" in flags:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(place)
+    if not (place / "cut.pt").exists():
+        (place / "empty").mkdir()
+        (place / "texts").mkdir()
+        (place / "texts" / "a.txt").write_text("not a picture")
+        (place / "empty.pt").write_bytes(b"")
+        for name in ("ddpm", "ddim"):
+            whole = (place / "runs" / f"{name}-digits" / "checkpoint.pt").read_bytes()
+        (place / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (place / "other.pt").write_bytes((place / "runs" / f"{script}-digits" / "checkpoint.pt").read_bytes())
+    before = (place / "runs" / f"{script}-digits" / "checkpoint.pt").read_bytes()
+    if "--fresh" in flags:
+        flags += " --run new"
+    elif flags.startswith("--train") and "--size" not in flags and "--data" not in flags:
+        flags += " --size 8 --T 100" if "--T" not in flags else " --size 8"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        __import__(script).main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith(f"{script}.py: error: "), err
+    assert (place / "runs" / f"{script}-digits" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_flag_of_another_script_is_an_error(place, capsys, monkeypatch):
+    done = run(place, "ddpm", "--sample", "--eta", "0.5", code=2)
+    assert "--eta" in done.stderr and done.stderr.count("\n") == 1
+    done = run(place, "ddpm", "--sample", "--checkpoint", "runs/ddim-digits/checkpoint.pt", code=2)
+    assert "checkpoint of ddim.py" in done.stderr and done.stderr.count("\n") == 1
