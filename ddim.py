@@ -164,7 +164,8 @@ def train(c):
     data = runs.load_data(c)
     c.labels = runs.count_labels(c, data.classes)
     torch.manual_seed(c.seed)
-    net = network(c, data.shape).to(c.device)
+    with runs.inputs():
+        net = network(c, data.shape).to(c.device)
     ema = runs.EMA(net, c.ema)
     optimizer = torch.optim.Adam(net.parameters(), c.lr, fused=c.device.type != "mps")
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)

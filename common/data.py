@@ -295,7 +295,7 @@ def _fetch(name, stem, folder):
             try:
                 with urllib.request.urlopen(address + file, timeout=30) as source, open(temporary, "wb") as out:
                     total = int(source.headers.get("Content-Length") or 0)
-                    with tqdm(total=total or None, unit="B", unit_scale=True, desc=f"fetching {file}", leave=False) as bar:
+                    with tqdm(total=total or None, unit="B", unit_scale=True, desc=f"fetching {file}", leave=False, disable=None) as bar:
                         while block := source.read(1 << 18):
                             out.write(block)
                             bar.update(len(block))
@@ -397,7 +397,7 @@ def _pictures(path, text):
     from PIL import Image
     from tqdm import tqdm
     Image.init()
-    with warnings.catch_warnings(), tqdm(desc=text, unit=" pictures", leave=False) as bar:
+    with warnings.catch_warnings(), tqdm(desc=text, unit=" pictures", leave=False, disable=None) as bar:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name, size, read in _walk(path):
             parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]

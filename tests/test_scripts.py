@@ -187,7 +187,7 @@ def test_two_processes_equal_one(place):
     """Half the batch each: the loss curve of one process, to rounding."""
     flags = ["--train", "--iters", "30", *SMALL, "--conditional"]
     run(place, "ddpm", *flags, "--run", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "ddpm.py"),
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", str(ROOT / "ddpm.py"),
                     *flags, "--run", "two"], cwd=place, check=True, timeout=300, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = losses(place / "one"), losses(place / "two")
@@ -216,7 +216,7 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--sample --size 16", "--size 8"), ("--sample --out a.jpg", "unknown ending"), ("--sample --out texts/a.txt/b.png", "cannot be written"),
     ("--sample --device cuda", "--device cuda"), ("--sample --eat 1", "--eat"), ("--sample --lr 1e-3", "--train"), ("--train --n 3", "--sample"),
     ("--sample --label 3", "--conditional"), ("--sample --guidance 2", "--conditional"), ("--train --schedule cubic", "--schedule"),
-    ("--train --multipliers 1,x", "whole numbers"), ("--train --heads 3 --fresh", "heads"), ("--train --width 16 --size 8", "width = 8"),
+    ("--train --multipliers 1,x", "whole numbers"), ("--train --heads 3 --fresh", "heads"), ("--train --width 16", "width = 8, not 16"),
     ("--train --checkpoint cut.pt", "--checkpoint"), ("--sample --precision fp8", "--precision"), ("--train --size 3", "--size"),
     ("--train --classes eleven", "eleven"), ("--train --data swirl --conditional", "--conditional"),
     ("--sample --n 300 --out many.gif", "256"),
@@ -241,8 +241,8 @@ def test_wrong_input_ends_with_one_line(place, script, flags, words, monkeypatch
     before = (place / "runs" / f"{script}-digits" / "checkpoint.pt").read_bytes()
     if "--fresh" in flags:
         flags += " --run new"
-    elif flags.startswith("--train") and "--size" not in flags and "--data" not in flags:
-        flags += " --size 8 --T 100" if "--T" not in flags else " --size 8"
+    elif flags.startswith("--train") and "--data" not in flags:  # the flags of the run that is there, and the wrong one last
+        flags = " ".join(["--train", *SMALL, *flags.split()[1:]])
     monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *flags.split()])
     with pytest.raises(SystemExit) as stopped:
         __import__(script).main()
