@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import pictures, runs
-from common.runs import NOISE, START, STEP, TIME, option
+from common.runs import NOISE, START, STEP, option
 from common.schedules import SCHEDULES, alpha_bar, posterior, prediction, timesteps
 from common.unet import MLP, UNet
 from kernels.diffuse import add_noise, denoise_step
@@ -179,9 +179,7 @@ def train(c):
     for step in run:
         x0, label = runs.training_batch(data, c, step, c.flip)
         label = runs.drop_labels(label, c, step) if c.conditional else None
-        # one t in each of `batch` equal parts of 1..T: every t as often as any other, and less noise than independent draws
-        u = torch.rand(1, generator=runs.generator(c.seed, TIME, step), dtype=torch.float64)
-        t = ((torch.arange(c.batch) + u) / c.batch * c.T).long().clamp(max=c.T - 1)[part].to(c.device) + 1
+        t = (runs.spread(c, step) * c.T).long().clamp(max=c.T - 1).to(c.device) + 1  # each of 1..T as often as any other
         x_t, eps = add_noise(x0, a[t], s[t], c.seed, part.start, step, NOISE)
 
         with runs.autocast(c):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from common import pictures, runs
-from common.runs import JUDGE, NOISE, START, STEP, TIME, option
+from common.runs import JUDGE, NOISE, START, STEP, option
 from common.schedules import SCHEDULES, alpha_bar, posterior, prediction, timesteps
 from common.unet import MLP, UNet
 from kernels.diffuse import add_noise, denoise_step
@@ -74,12 +74,21 @@ def network(c, shape):
                 resample=c.resample).to(memory_format=torch.channels_last)  # spares a copy at each convolution
 
 
-def target(c, x0, x_t, eps, a, s, t, tables):
-    """What the network should have said, and the weight of its squared error. a, s (B, 1, ...): x_t = a x0 + s eps."""
-    if c.predict == "mean":  # eq. 7; its error counts as in the bound, eq. 8, since unweighted it is unstable (Ho 2020, table 2)
+def loss(c, out, x0, x_t, eps, a, s, t, tables):
+    """L_simple of the network's output, or the bound's own weights for the mean; L_hybrid with a learned variance. A scalar.
+
+    out: float32, (B, C, ...) or (B, 2 C, ...) with the variance; a, s (B, 1, ...): x_t = a x0 + s eps; tables: of step_tables.
+    """
+    mean, v = out.chunk(2, 1) if c.variance == "learned" else (out, None)
+    if c.predict == "mean":  # eq. 7, and its error as in the bound, eq. 8: unweighted it is unstable (Ho 2020, table 2)
         c_x, c_0, beta = (row[t].view_as(a) for row in tables[:3])
-        return c_x * x_t + c_0 * x0, 1 / (2 * beta)
-    return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[c.predict], 1.0  # eq. 14; v: Salimans 2022
+        simple = ((c_x * x_t + c_0 * x0 - mean) ** 2 / (2 * beta)).mean()
+    else:  # eq. 14; v: Salimans, Ho 2022
+        simple = ({"eps": eps, "x0": x0, "v": a * eps - s * x0}[c.predict] - mean).square().mean()
+    if v is None:
+        return simple
+    stopped = torch.cat([mean.detach(), v], 1)  # the bound teaches the variance only (Nichol 2021, eq. 16)
+    return simple + c.T / 1000 * bound(c, x0, x_t, stopped, t, tables).mean()
 
 
 def bound(c, x0, x_t, out, t, tables):
@@ -183,30 +192,22 @@ def train(c):
     for step in run:
         x0, label = runs.training_batch(data, c, step, c.flip)
         label = runs.drop_labels(label, c, step) if c.conditional else None
-        # one t in each of `batch` equal parts of 1..T: every t as often as any other, and less noise than independent draws
-        u = torch.rand(1, generator=runs.generator(c.seed, TIME, step), dtype=torch.float64)
-        t = ((torch.arange(c.batch) + u) / c.batch * c.T).long().clamp(max=c.T - 1)[part].to(c.device) + 1
+        t = (runs.spread(c, step) * c.T).long().clamp(max=c.T - 1).to(c.device) + 1  # each of 1..T as often as any other
         x_t, eps = add_noise(x0, a[t], s[t], c.seed, part.start, step, NOISE)
 
         with runs.autocast(c):
             out = f(x_t, t * (1000 / c.T), label)
-        out = out.float()
-        each = lambda v: v[t].view(-1, *[1] * (x0.ndim - 1))  # noqa: E731
-        y, weight = target(c, x0, x_t, eps, each(a), each(s), t, tables)
-        mean = out.chunk(2, 1)[0] if c.variance == "learned" else out
-        loss = (weight * (y - mean) ** 2).mean()
-        if c.variance == "learned":  # L_hybrid: the bound teaches the variance only (Nichol 2021, eq. 16)
-            stopped = torch.cat([mean.detach(), out.chunk(2, 1)[1]], 1)
-            loss = loss + c.T / 1000 * bound(c, x0, x_t, stopped, t, tables).mean()
+        each = [-1] + [1] * (x0.ndim - 1)
+        value = loss(c, out.float(), x0, x_t, eps, a[t].view(each), s[t].view(each), t, tables)
 
         for group in optimizer.param_groups:
             group["lr"] = c.lr * min(1, step / max(1, c.warmup))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         runs.average_gradients(net.parameters())
         optimizer.step()
         ema.update(net)
-        run.log(loss=loss)
+        run.log(loss=value)
     return run.step > began
 
 

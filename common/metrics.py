@@ -9,8 +9,7 @@ classifiers: read it against its floor, which as many real held-out pictures get
 
 Frechet distance and FID: Heusel 2017 (1706.08500). IS: Salimans 2016 (1606.03498). Precision, recall:
 Kynkaanniemi 2019 (1904.06991). Density, coverage: Naeem 2020 (2002.09797). Modes: Metz 2016 (1611.02163).
-Sliced Wasserstein: Bonneel 2015. Rotations: Gidaris 2018 (1803.07728). All statistics are float64, on the
-CPU.
+Sliced Wasserstein: Bonneel 2015. Rotations: Gidaris 2018 (1803.07728). All statistics are float64.
 """
 import hashlib
 import math
@@ -26,7 +25,7 @@ from common import data
 
 REFERENCE = 20_000      # training pictures or points that samples are compared with, at most
 NEIGHBOURS = 10_000     # samples that precision, recall, density and coverage look at, at most
-UPDATES = {1: 1000, 3: 3000}  # of the classifier, by the pictures' channels
+UPDATES = {1: 600, 3: 3000}  # of the classifier, by the pictures' channels
 RECIPE = "classifier 1"  # part of the cache's key: to be changed with whatever changes the classifier
 
 
@@ -153,11 +152,11 @@ def inception_score(probabilities, block=5000):
 # ------------------------------------------------------------------------------------------------- classifier
 
 class Classifier(nn.Module):
-    """x (B, C, H, W) in [-1, 1], sides 8 to 256 -> features (B, 64), logits (B, classes).
+    """x (B, C, H, W) in [-1, 1] -> features (B, 160), logits (B, classes).
 
-    A strided first layer brings any size to at most 16 x 16; three pre-norm residual stages, halved in
-    between. The stream itself is never normalised, so that wrong contrast and brightness still reach the
-    features.
+    A strided first layer brings any size to at most 16 x 16; three pre-norm residual stages, halved between.
+    The stream itself is never normalised, so that wrong contrast and brightness reach the features, and all
+    stages feed them: slight blur weighs twice what it does with the last alone, at the same floor.
     """
     def __init__(self, channels, side, classes):
         super().__init__()
@@ -168,16 +167,17 @@ class Classifier(nn.Module):
             nn.GroupNorm(8, w), nn.SiLU(), nn.Conv2d(w, w, 3, padding=1)) for w in widths)
         self.down = nn.ModuleList(
             [nn.Identity()] + [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:])])
-        self.head = nn.Linear(widths[-1], classes)
+        self.head = nn.Linear(sum(widths), classes)
         self.register_buffer("scale", torch.ones(()))   # set after training: total variance 100
 
     def forward(self, x):
-        x = self.stem(x)
+        x, means = self.stem(x), []
         for down, block in zip(self.down, self.blocks):
             x = down(x)
             x = x + block(x)
-        x = F.silu(x).mean((2, 3))
-        return x * self.scale, self.head(x)
+            means.append(F.silu(x).mean((2, 3)))
+        features = torch.cat(means, 1)
+        return features * self.scale, self.head(features)
 
 
 def _unit(images, device):
@@ -305,9 +305,9 @@ def classifier(name, root="data", size=None, seed=0, device="cpu"):
 
 @torch.no_grad()
 def look(net, images, index, device="cpu"):
-    """Features (N, 64) and logits (N, classes), float64 on the CPU, of the uint8 pictures images[index].
+    """Features (N, 160) and logits (N, classes), float64 on the CPU, of the uint8 pictures images[index].
 
-    A network of one channel sees three channels one by one: features (N, 3 * 64), logits (N, 3, classes).
+    A network of one channel sees three channels one by one: features (N, 3 * 160), logits (N, 3, classes).
     """
     features, logits = [], []
     for part in index.split(250):
@@ -356,9 +356,9 @@ def load_inception(path, device="cpu"):
     return call
 
 
-def _fid_and_is(samples, train, path, root, device):
-    """FID against all training pictures, whose moments are kept under root, and IS if it gives classes."""
-    call, probabilities = load_inception(path, device), []
+def _fid_and_is(call, samples, train, path, root):
+    """FID against all training pictures, whose moments are kept under root, and IS if there are classes."""
+    probabilities = []
     with open(path, "rb") as file:
         key = f"{_digest(train)}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
@@ -414,13 +414,18 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
     modes_of, within (3 sigma), kl.
 
     The reference is the training pictures of the kept classes, 20,000 by a fixed choice where there are more.
-    The floor is that of floor_n held-out pictures: as many as samples (the mean over up to five such draws which
-    share none), or all where they are fewer. Precision to coverage compare the samples with the first draw, or,
+    The floor is that of floor_n held-out pictures: as many as samples (the mean of up to five separate
+    draws), or all where they are fewer. Precision to coverage compare the samples with the first draw, or,
     where too few are held out, with as many of the reference; at most 10,000 of each.
     """
     train, test = (data.load(name, root, size, classes, split, seed) for split in ("train", "test"))
     _check(samples, train)
     n, device, stacked = len(samples), torch.device(device), name == "stacked"
+    if inception:
+        if train.images is None:
+            raise ValueError(f"--inception is for pictures, and {name} has points: leave it out")
+        call = load_inception(inception, device)
+        call(samples[:1])                                   # a wrong file is told before a minute of work
     draws = max(1, min(5, len(test) // n))                  # of held-out pictures: one alone is a noisy floor
     reference, held_out = _choice(len(train), REFERENCE), _choice(len(test), draws * n)
     result = {"samples": float(n)}
@@ -447,8 +452,8 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         result |= {"modes": float((found > 0).sum()), "modes_of": 1000.0, "kl": kl(found, 1 / 1000)}
     elif len(train.classes) > 1 and train.images is not None:
         result |= _class_shares(logits, train, names)
-    if inception and train.images is not None:
-        result |= _fid_and_is(samples, train, inception, root, device)
+    if inception:
+        result |= _fid_and_is(call, samples, train, inception, root)
     return result
 
 

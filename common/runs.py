@@ -252,6 +252,16 @@ def training_batch(data, c, step, flip=False):
     return data.batch(batch_index(len(data), c.batch, c.seed, step)[part], c.device, mirrored)
 
 
+def spread(c, step):
+    """This process's part of one u in [0, 1) for each sample of update `step`'s batch, float64 (b,), on the CPU.
+
+    One in each of `batch` equal parts, all shifted by the same random part: every u is as likely as any other, and a batch's mean
+    varies less than with independent draws (Kingma 2021, appendix I.1).
+    """
+    shift = torch.rand((), generator=generator(c.seed, TIME, step), dtype=torch.float64)
+    return ((torch.arange(c.batch) + shift) / c.batch)[rows(c.batch)]
+
+
 def count_labels(c, classes):
     """How many labels the network learns: all of the data's classes with --conditional, otherwise none."""
     if c.conditional and len(classes) < 2:
