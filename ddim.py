@@ -45,7 +45,7 @@ class Config:
     heads: int = option(4, "attention heads", low=1)
     resample: str = option("conv", "between levels", choices=("conv", "biggan"))
 
-    iters: int = option(100_000, "updates in all", low=0)
+    iters: int = option(100_000, "updates in all", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
     batch: int = option(64, "pictures in an update", low=1)
     lr: float = option(2e-4, "learning rate of Adam", above=0)
@@ -196,6 +196,7 @@ def train(c):
         optimizer.step()
         ema.update(net)
         run.log(loss=loss)
+    runs.leave()
     return run.step > began
 
 
@@ -219,11 +220,15 @@ def main():
     c = runs.parse(Config, RECIPES, __doc__)
     if c.train:
         check(c)
-        if not train(c):
+        trained = train(c)
+        if runs.rank() != 0:
+            return
+        pictures.curves(c.run)
+        if not trained:
             print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
         elif not c.sample and not c.evaluate:
             c.sample = True  # leave a sheet to look at
-    if not (c.sample or c.evaluate) or runs.rank() != 0:
+    if not (c.sample or c.evaluate):
         return
     ddpm = Path("runs") / f"ddpm-{c.name}" / "checkpoint.pt"
     if not {"checkpoint", "run"} & c.given and not (c.run / "checkpoint.pt").exists() and ddpm.exists():

@@ -41,8 +41,8 @@ def scatter(points, path):
 def curves(folder):
     """loss.png beside a run's metrics.csv: every column over the updates, one panel each."""
     from matplotlib.figure import Figure
-    with open(Path(folder) / "metrics.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    path = Path(folder) / "metrics.csv"
+    table = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     names = [n for n in (table[0] if table else {}) if n not in ("step", "seconds")]
     if names:
         figure = Figure(figsize=(6, 2.4 * len(names)), dpi=100, layout="constrained")

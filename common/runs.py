@@ -307,6 +307,13 @@ def join(c):
         dist.init_process_group("nccl" if c.device.type == "cuda" else "gloo")
 
 
+def leave():
+    """Part from the other processes when training is over; what follows is rank 0's alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def average_gradients(parameters):
     """One all-reduce that turns each process's gradients into their mean. After backward, so any kind of backward will do."""
     if world() > 1:
@@ -421,11 +428,11 @@ def _words(text):
 def load_data(c, split="train"):
     """The data set that the flags name; ends the program with one line where it cannot be had."""
     from common.data import load
-    if world() > 1 and rank() != 0:
+    if dist.is_initialized() and rank() != 0:
         dist.barrier()  # rank 0 fetches and caches first
     with inputs():
         data = load(c.data, c.data_root, c.size or None, _words(c.classes) or None, split)
-    if world() > 1 and rank() == 0:
+    if dist.is_initialized() and rank() == 0:
         dist.barrier()
     return data
 
