@@ -30,6 +30,7 @@ import torch
 
 VERSION = 1  # of the cache's format and of the drawing: raise it when either changes
 LARGEST = 1 << 28  # bytes of one file in an archive; a larger one is not read
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO TGA".split()  # Pillow's others are rare, or programs (EPS)
 
 # 25 Gaussians: a 5 x 5 grid of spacing 2 and sigma 0.05 divided by 4.5, so that all of it lies in [-1, 1]
 GAUSSIANS_MEANS = torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2)) / 4.5
@@ -345,18 +346,11 @@ def _read_idx(files):
 def _read_cifar(files):
     """Images (60000, 3, 32, 32), labels and splits, from the binary archive or the six files in it. Nothing is unpacked to disk."""
     import numpy as np
-    parts = {}
-    if len(files) == 1:
-        try:
-            with tarfile.open(files[0]) as archive:
-                for member in archive:
-                    base = PurePosixPath(member.name).name
-                    if member.isfile() and base in BATCHES and member.size < LARGEST:
-                        parts[base] = archive.extractfile(member).read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error):
-            raise ValueError(f"{files[0]} is damaged: delete it, and it is fetched again") from None
-    else:
-        parts = {f.name: f.read_bytes() for f in files if f.is_file()}
+    found = _walk(files[0]) if len(files) == 1 else ((f.name, 1, f.read_bytes) for f in files if f.is_file())
+    try:
+        parts = {n: read() for name, size, read in found if (n := PurePosixPath(name).name) in BATCHES and 0 < size < LARGEST}
+    except (tarfile.TarError, OSError, EOFError, TypeError):
+        raise ValueError(f"{files[0]} is damaged: delete it, and it is fetched again") from None
     for n in BATCHES:
         if not parts.get(n) or len(parts[n]) % 3073:
             raise ValueError(f"{files[0]}: {n} is missing, or not whole records of 3,073 bytes: delete it, and it is fetched again")
@@ -408,7 +402,7 @@ def _walk(path):
 def _open(file):
     from PIL import Image
     Image.init()
-    return Image.open(file, formats=[f for f in Image.OPEN if f != "EPS"])  # which is a program, whatever its name says
+    return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])  # whatever its name says
 
 
 def _pictures(path, text):
@@ -418,9 +412,10 @@ def _pictures(path, text):
     with warnings.catch_warnings(), tqdm(desc=text, unit=" pictures", leave=False, disable=None) as bar:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name, size, read in _walk(path):
-            parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
+            inside = PurePosixPath(name)
+            parts = [p for p in inside.parts if p not in ("..", ".", "/")]
             hidden = any(p.startswith((".", "__MACOSX")) for p in parts)
-            if hidden or PurePosixPath(name).suffix.lower() not in Image.registered_extensions():
+            if hidden or Image.registered_extensions().get(inside.suffix.lower()) not in FORMATS:
                 continue
             bar.update()
             try:
