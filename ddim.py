@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from common import pictures, runs
+from common import metrics, pictures, runs
+from common.data import read_pictures
 from common.runs import NOISE, START, STEP, option
 from common.schedules import SCHEDULES, alpha_bar, posterior, prediction, timesteps
 from common.unet import MLP, UNet
@@ -40,22 +41,30 @@ class Config:
 
     width: int = option(64, "channels at full resolution", low=1)
     multipliers: tuple = option((1, 2, 2), "of the width, one for each level of the U-Net", low=1)
-    blocks: int = option(2, "residual blocks a level", low=1)
-    attention: tuple = option((8,), "sides of the maps that attend", low=1)
+    blocks: int = option(1, "residual blocks a level", low=1)
+    attention: tuple = option((16, 8), "sides of the maps that attend, where there are such; none: ''", low=1)
     heads: int = option(4, "attention heads", low=1)
     resample: str = option("conv", "between levels", choices=("conv", "biggan"))
 
     iters: int = option(100_000, "updates in all", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
     batch: int = option(64, "pictures in an update", low=1)
-    lr: float = option(2e-4, "learning rate of Adam", above=0)
+    lr: float = option(5e-4, "learning rate of Adam", above=0)
     warmup: int = option(100, "updates over which the learning rate rises", low=0)
     ema: float = option(0.9995, "decay of the mean of the weights that samples are drawn with", low=0, high=0.999999)
     flip: bool = option(False, "mirror half of the pictures")
 
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    "digits": dict(width=32, multipliers=(1, 2, 4), blocks=1, attention=(4,), lr=1e-3, ema=0.995, iters=3000, minutes=2.5),
+    "digits": dict(width=32, attention=(), lr=2e-3, ema=0.995, iters=3000, minutes=2.5),
+    "stacked": dict(attention=(8,), lr=1e-3, ema=0.999, iters=20_000),
+    "swirl": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000),
+    "gaussians": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000),
+    "mnist": dict(multipliers=(1, 2, 2, 2), iters=20_000, ema=0.999),
+    "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=20_000, ema=0.999),
+    "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=128, lr=2e-4, warmup=5000, ema=0.9999,
+                    iters=500_000, flip=True, schedule="linear", predict="eps"),  # Ho 2020, appendix B
+    "pictures": dict(flip=True),
 }
 
 # ========================================================================================================== Notation
@@ -217,7 +226,7 @@ def check(c):
 
 
 def main():
-    c = runs.parse(Config, RECIPES, __doc__)
+    c = runs.parse("ddim", Config, RECIPES, __doc__)
     if c.train:
         check(c)
         trained = train(c)
@@ -254,7 +263,7 @@ def main():
         print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
         x, _, watch = draw(c, net, shape, c.n or 1000, steps)
-        runs.write_result(c, runs.judge(c, x, steps, watch))
+        metrics.write_result(c, metrics.judge(c, x, steps, watch))
 
 
 def draw(c, net, shape, n, steps, frames=None):
@@ -268,11 +277,10 @@ def draw(c, net, shape, n, steps, frames=None):
 
 def round_trip(c, net, shape):
     """Encode and decode pictures with several numbers of steps: a table of errors, and a sheet, a row for each number (table 2)."""
-    from common import data
     if len(shape) != 3:
         runs.stop("--encode is for pictures, and this model makes points")
     with runs.inputs():
-        x0 = data.read_pictures(c.encode, shape).to(c.device) if c.encode else \
+        x0 = read_pictures(c.encode, shape).to(c.device) if c.encode else \
             runs.load_data(c, "test").batch(torch.arange(8), c.device)[0]
     rows = [x0]
     print("steps  error (mean square, per value in 0..1)")

@@ -44,6 +44,7 @@ BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
 # file -> digest of the download, or of what is in it: md5 or sha256 by length. Addresses are tried in turn.
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+OTHERS_LABELS = {"mnist": bytes([9, 0, 0, 3, 0, 2, 7, 2]), "fashion-mnist": bytes([5, 0, 4, 1, 9, 2, 1, 3])}  # how the other's begin
 SOURCES = {
     "mnist": (("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
               dict(zip(IDX, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
@@ -282,11 +283,23 @@ def _files(name, root):
     for folder in folders if name == "cifar10" else ():
         if (folder / BATCHES[-1]).is_file():
             return [folder / batch for batch in BATCHES]
+    labels = next((f for f in (root / IDX[1], root / f"{IDX[1]}.gz") if f.is_file()), None)
+    if labels and _head(labels)[8:] == OTHERS_LABELS.get(name):
+        folders = folders[:1]  # MNIST and Fashion-MNIST share their files' names: those in root itself are the other's
     for stem in digests:
         ways = [f"{stem}.tar.gz"] if name == "cifar10" else [stem, f"{stem}.gz", stem.replace("-idx", ".idx")]
         places = [folder / way for folder in folders[:2] for way in ways]
         found.append(next((p for p in places if p.is_file()), None) or _fetch(name, stem, root / name))
     return found
+
+
+def _head(file):
+    """The first 16 bytes of a file, raw or gzip."""
+    try:
+        with gzip.open(file) as f:
+            return f.read(16)
+    except (OSError, EOFError, zlib.error):
+        return file.read_bytes()[:16]
 
 
 def _fetch(name, stem, folder):
@@ -382,11 +395,14 @@ def _walk(path):
     Archives are read as streams, so their files must be read at once, and nothing in them ever touches the disk.
     """
     if path.is_dir():
-        for folder, inner, files in os.walk(path):
-            inner.sort()
-            for f in sorted(files):
+        seen = set()  # linked folders are followed, each once: links may make a ring
+        for folder, inner, files in os.walk(path, followlinks=True):
+            real = os.path.realpath(folder)
+            inner[:] = [] if real in seen else sorted(inner)
+            for f in () if real in seen else sorted(files):
                 file = Path(folder) / f
                 yield file.relative_to(path).as_posix(), file.stat().st_size if file.exists() else 0, file.read_bytes
+            seen.add(real)
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -397,6 +413,14 @@ def _walk(path):
             for member in archive:
                 if not member.isdir():
                     yield member.name, member.size if member.isfile() else 0, lambda: archive.extractfile(member).read()
+
+
+def _is_picture(name):
+    """Has this file a picture's ending, and is no folder of it hidden?"""
+    from PIL import Image
+    parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
+    return Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) in FORMATS and \
+        not any(p.startswith((".", "__MACOSX")) for p in parts)
 
 
 def _open(file):
@@ -412,10 +436,7 @@ def _pictures(path, text):
     with warnings.catch_warnings(), tqdm(desc=text, unit=" pictures", leave=False, disable=None) as bar:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name, size, read in _walk(path):
-            inside = PurePosixPath(name)
-            parts = [p for p in inside.parts if p not in ("..", ".", "/")]
-            hidden = any(p.startswith((".", "__MACOSX")) for p in parts)
-            if hidden or Image.registered_extensions().get(inside.suffix.lower()) not in FORMATS:
+            if not _is_picture(name):
                 continue
             bar.update()
             try:
@@ -424,7 +445,7 @@ def _pictures(path, text):
                 raise
             except Exception:  # damaged files raise anything
                 picture = None
-            yield parts, picture
+            yield [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")], picture
 
 
 def _pixels(picture, size, grey):
@@ -457,7 +478,8 @@ def _path(path, root, size):
         raise ValueError(f"--data {path}: no such file or folder, nor digits, stacked, swirl, gaussians, " + ", ".join(SOURCES))
     if path.is_file() and not path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")):
         raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
-    files = [path / name for name, *_ in _walk(path)] if path.is_dir() else [path]
+    # pictures alone: the cache itself may lie in the folder
+    files = [path / name for name, *_ in _walk(path) if _is_picture(name)] if path.is_dir() else [path]
     key = _key(str(path), size, _stamp(files, path))
 
     def make(folder):
@@ -496,7 +518,8 @@ def _cache_path(path, folder, size):
     if unread:
         print(f"{len(unread)} unreadable pictures left out, the first is {unread[0]}", file=sys.stderr)
 
-    while all(len(p) > 2 for p in rows) and len({p[0] for p in rows}) == 1 and rows[0][0] not in ("train", "test"):
+    while len({p[0] for p in rows}) == 1 and rows[0][0] not in ("train", "test") and (
+            all(len(p) > 2 for p in rows) or any(len(p) > 2 and p[1] in ("train", "test") for p in rows)):
         rows = [p[1:] for p in rows]  # a folder around it all
     given = [p[0] if len(p) > 1 and p[0] in ("train", "test") else None for p in rows]
     own = [p[-2] if len(p) > 1 + (split is not None) else None for p, split in zip(rows, given)]

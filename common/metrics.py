@@ -12,6 +12,7 @@ Kynkaanniemi 2019 (1904.06991). Density, coverage: Naeem 2020 (2002.09797). Mode
 Sliced Wasserstein: Bonneel 2015. Rotations: Gidaris 2018 (1803.07728). All statistics are float64.
 """
 import hashlib
+import json
 import math
 import os
 import sys
@@ -22,6 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data
+from common.pictures import to_uint8
+from common.runs import inputs, words, written
 
 REFERENCE = 20_000      # training pictures or points that samples are compared with, at most
 NEIGHBOURS = 10_000     # samples that precision, recall, density and coverage look at, at most
@@ -485,3 +488,24 @@ def peak_memory(device="cpu"):
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # KiB; on macOS bytes
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ------------------------------------------------------------------------------------------------ for the scripts
+
+def judge(c, x, evaluations, watch):
+    """`evaluate` for a script's --evaluate, and the speed: c its flags, x samples in [-1, 1] or points on the CPU.
+
+    evaluations: of the network for each sample; watch: the Stopwatch that timed them. A file that cannot be
+    read ends the program with one line.
+    """
+    with inputs():
+        result = evaluate(x if x.ndim == 2 else to_uint8(x), c.data, c.data_root, c.size or None, words(c.classes) or None,
+                          inception=c.inception or None, device=c.device)
+    return result | {"network evaluations": evaluations, "ms per sample": watch.ms(), "peak memory MiB": peak_memory(c.device)}
+
+
+def write_result(c, result):
+    """Print the table and keep it as evaluation.json in the run."""
+    print(report(result))
+    with written(c.run / "evaluation.json") as file:
+        file.write_text(json.dumps(result | {"checkpoint": c.checkpoint, "seed": c.seed}, indent=2) + "\n")

@@ -60,6 +60,8 @@ class Shared:
 
 ACTIONS = dict(train="train the model, or finish training it", sample="draw samples", evaluate="judge samples against the data")
 NAMED = ("digits", "stacked", "swirl", "gaussians", "mnist", "fashion-mnist", "cifar10")
+POINTS = ("swirl", "gaussians")
+FOR_PICTURES = {"size", "classes", "multipliers", "blocks", "attention", "heads", "resample", "flip", "inception", "encode", "interpolate"}
 MAY_CHANGE = {"iters", "minutes", "device", "precision"}  # between the parts of one run
 
 
@@ -106,14 +108,14 @@ def _read(kind, f):
     return read
 
 
-def parse(Config, recipes, doc, argv=None):
+def parse(method, Config, recipes, doc):
     """Read the command line into one namespace: the actions, Config's fields and Shared's, with the recipe of the data set.
 
-    recipes: data set -> {field: value}; `pictures` stands for any path. A field's value is, in this order, the flag, the
-    recipe, the default. Also set: method (the script's name), given (the fields set by flags), name (of the data).
+    method: the script's name, which runs and checkpoints bear; recipes: data set -> {field: value}, `pictures` stands for any path.
+    A field's value is, in this order, the flag, the recipe, the default. Also set: method, given (the fields set by flags), name (of
+    the data).
     Ends with exit status 2 and one line for whatever is wrong with a flag; without an action prints the help and ends.
     """
-    method = Path(sys.argv[0]).stem
     fields = dataclasses.fields(Config) + dataclasses.fields(Shared)
     parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
@@ -139,7 +141,7 @@ def parse(Config, recipes, doc, argv=None):
             group.add_argument(flag, type=_read(kind, f) if kind is not str else str, default=None, help=text.replace("%", "%%"),
                                choices=m["choices"], metavar=None if m["choices"] else
                                {int: "N", float: "X", tuple: "N,N", str: "TEXT"}[kind])
-    c = parser.parse_args(argv)
+    c = parser.parse_args()
     c.given = {f.name for f in fields if getattr(c, f.name) is not None}
     c.sample = c.sample or any(f.metadata["acts"] and f.name in c.given for f in fields)
     actions = [a for a in ACTIONS if getattr(c, a)]
@@ -154,6 +156,10 @@ def parse(Config, recipes, doc, argv=None):
     if c.data not in NAMED and not Path(c.data).exists():
         stop(f"--data {c.data}: no such file or folder, and no data set of that name ({', '.join(NAMED)})")
     c.name = c.data if c.data in NAMED else Path(c.data).resolve().name.split(".")[0]
+    for name in sorted(FOR_PICTURES & c.given if c.data in POINTS else ()):
+        stop(f"--{name} is for pictures, and {c.data} has points: leave it out")
+    if c.data in POINTS and c.out and not Path(c.out).suffix:
+        stop(f"--out {c.out}: points go into a .png, .gif or .npz")
     recipe = recipes.get(c.data if c.data in NAMED else "pictures", {})
     for f in fields:
         if getattr(c, f.name) is None:
@@ -406,7 +412,7 @@ def trained(c, methods=None):
     with inputs():
         saved = load_checkpoint(path, methods or (c.method,))
         for flag, value, there in (("data", c.name, saved["data"]["data"]), ("size", c.size, saved["data"]["shape"][-1]),
-                                   ("classes", ",".join(sorted(_words(c.classes))), ",".join(sorted(saved["data"]["classes"])))):
+                                   ("classes", ",".join(sorted(words(c.classes))), ",".join(sorted(saved["data"]["classes"])))):
             if flag in c.given and value != there:
                 raise ValueError(f"{path} was trained with --{flag} {there}, not {value}: change the flag, or give another --run "
                                  "or --checkpoint")
@@ -421,7 +427,8 @@ def trained(c, methods=None):
     return saved, c
 
 
-def _words(text):
+def words(text):
+    """The names in a flag like a,b,c."""
     return [w for w in text.split(",") if w]
 
 
@@ -431,7 +438,7 @@ def load_data(c, split="train"):
     if dist.is_initialized() and rank() != 0:
         dist.barrier()  # rank 0 fetches and caches first
     with inputs():
-        data = load(c.data, c.data_root, c.size or None, _words(c.classes) or None, split)
+        data = load(c.data, c.data_root, c.size or None, words(c.classes) or None, split)
     if dist.is_initialized() and rank() == 0:
         dist.barrier()
     return data
@@ -585,7 +592,7 @@ class Run:
     def save(self):
         """Write checkpoint.pt: all or nothing."""
         if rank() == 0:
-            with written(self.path) as file:
+            with inputs(), written(self.path) as file:
                 torch.save(dict(method=self.c.method, config=self.config, data=self.data, source=self.c.data, step=self.step,
                                 seconds=self.seconds, **{k: v.state_dict() for k, v in self.states.items()}), file)
 
@@ -638,21 +645,3 @@ class Stopwatch:
         """The line that ends sampling."""
         n, s = (sum(column) for column in zip(*self.laps))
         return f"{n} samples in {s:.1f} s, {evaluations} network evaluations each, {1000 * s / n:.1f} ms per sample: {path}"
-
-
-def judge(c, x, evaluations, watch):
-    """Quality, diversity and speed of samples x on the CPU, (n, C, H, W) in [-1, 1] or points: a dict of numbers."""
-    from common import metrics, pictures
-    with inputs():
-        result = metrics.evaluate(x if x.ndim == 2 else pictures.to_uint8(x), c.data, c.data_root, c.size or None,
-                                  _words(c.classes) or None, inception=c.inception or None, device=c.device)
-    result.update({"network evaluations": evaluations, "ms per sample": watch.ms(), "peak memory MiB": metrics.peak_memory(c.device)})
-    return result
-
-
-def write_result(c, result):
-    """Print the table and keep it as evaluation.json in the run."""
-    from common import metrics
-    print(metrics.report(result))
-    with written(c.run / "evaluation.json") as file:
-        file.write_text(json.dumps(dict(result, checkpoint=c.checkpoint, seed=c.seed), indent=2) + "\n")

@@ -879,3 +879,36 @@ def test_real_photographs(root, capsys):
         member = next(m for m in t if re.search("train/airplane/.*jpg", m.name))
         one = np.asarray(Image.open(t.extractfile(member))).transpose(2, 0, 1)
     assert (train.images[:5000].numpy() == one).all((1, 2, 3)).sum() == 1
+
+
+def test_mnist_in_the_root_is_not_fashion_mnist(root, monkeypatch):
+    """Both publish the same file names; their first labels tell them apart."""
+    labels = np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5], np.uint8)  # how MNIST's begin
+    folder(root, mnist(train_labels=labels))
+    monkeypatch.setitem(data.SOURCES, "fashion-mnist", ((), *data.SOURCES["fashion-mnist"][1:]))
+    fails("fashion-mnist", root, match="could not fetch")
+    assert len(data.load("mnist", root)) == 12
+
+
+def test_a_picture_beside_train_and_test_does_not_hide_them(tmp_path, root):
+    files = {f"set/{split}/{i}.png": encoded(i + 100 * (split == "test")) for split in ("train", "test") for i in range(5)}
+    path = archive(tmp_path / "a.zip", {"set/cover.png": encoded(7), **files})
+    assert values(data.load(path, root, split="test")) == [100, 101, 102, 103, 104]
+
+
+def test_a_cache_inside_its_source_is_no_change_of_it(tmp_path):
+    folder(tmp_path, {f"{i}.png": encoded(i) for i in range(4)})
+    for i in range(2):
+        assert len(data.load(tmp_path, tmp_path / "data")) == 3
+        (tmp_path / "metrics.csv").write_text(str(i))
+    assert len(list(tmp_path.rglob("images.npy"))) == 1
+
+
+def test_linked_folders_are_followed_once(tmp_path, root):
+    folder(tmp_path / "elsewhere", {"cat/1.png": encoded(1), "cat/2.png": encoded(2)})
+    source = folder(tmp_path / "set", {})
+    source.mkdir()
+    (source / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (source / "circle").symlink_to(source)
+    train, test = data.load(source, root), data.load(source, root, split="test")
+    assert train.classes == ["cat"] and sorted(values(train) + values(test)) == [1, 2]

@@ -1,4 +1,5 @@
 """The scripts as a user runs them: trained for seconds on drawn digits, sampled, resumed after SIGKILL, given wrong input."""
+import json
 import os
 import random
 import signal
@@ -113,11 +114,25 @@ def test_encode_and_interpolate(place):
 
 
 @pytest.mark.parametrize("script", ["ddpm", "ddim"])
-def test_points(place, script):
-    run(place, script, "--train", "--iters", "40", *POINTS)
+def test_points_come_close_to_the_spiral(place, script):
+    """Trained for seconds, the points are nearer to the data than the noise they start as; and --evaluate says so."""
+    run(place, script, "--train", "--iters", "600", *POINTS)
     run(place, script, "--sample", "--data", "swirl", "--n", 30, "--steps", 5, "--out", "points.npz")
     with np.load(place / "points.npz") as arrays:
         assert arrays["arr_0"].shape == (30, 2) and arrays["arr_0"].dtype == np.float32
+    done = run(place, script, "--evaluate", "--data", "swirl")
+    result = json.loads((place / "runs" / f"{script}-swirl" / "evaluation.json").read_text())
+    assert "sliced Wasserstein" in done.stdout and result["samples"] == 1000 and result["network evaluations"] == 50
+    assert result["wasserstein_floor"] < result["wasserstein"] < 0.15  # of pure noise: 0.4 (measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ddpm", "ddim"])
+def test_evaluate_judges_pictures(place, script):
+    done = run(place, script, "--evaluate", "--n", 100, "--steps", 10)
+    result = json.loads((place / "runs" / f"{script}-digits" / "evaluation.json").read_text())
+    assert "FCD" in done.stdout and 0 < result["fcd_floor"] < result["fcd"] and 0 <= result["recall"] <= 1
+    assert (script == "ddim") or 0.1 < result["bits/dim"] < 20
 
 
 def test_labels_guidance_and_learned_variance(place):
@@ -219,7 +234,8 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--train --multipliers 1,x", "whole numbers"), ("--train --heads 3 --fresh", "heads"), ("--train --width 16", "width = 8, not 16"),
     ("--train --checkpoint cut.pt", "--checkpoint"), ("--sample --precision fp8", "--precision"), ("--train --size 3", "--size"),
     ("--train --classes eleven", "eleven"), ("--train --data swirl --conditional", "--conditional"),
-    ("--sample --n 300 --out many.gif", "256"),
+    ("--sample --n 300 --out many.gif", "256"), ("--train --data swirl --heads 2", "--heads is for pictures"),
+    ("--train --data gaussians --size 8", "--size is for pictures"), ("--sample --data swirl --out folder", ".npz"),
 ]
 
 
