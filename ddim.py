@@ -36,7 +36,7 @@ class Config:
     label: int = option(-1, "draw only this class; default each in turn", "sample", low=0)
     guidance: float = option(1.0, "classifier-free guidance: eps + (w - 1)(eps - eps without label)", "sample evaluate", low=0)
     encode: tuple = option((), "pictures to encode into noise and decode again (with no name: eight held-out ones)", "sample",
-                           files=True)
+                           part=Path, acts=True)
     interpolate: bool = option(False, "eleven steps from each sample's noise to the next one's, a row each", "sample", acts=True)
 
     width: int = option(64, "channels at full resolution", low=1)
@@ -214,6 +214,8 @@ def check(c):
     """What the flags of one command, or flags and checkpoint together, cannot mean."""
     with runs.inputs():
         timesteps(c.T, c.steps or 1)
+        if "heads" in c.given and not c.attention:
+            raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
         if not c.conditional and (c.label >= 0 or c.guidance != 1):
             raise ValueError("--label and --guidance need a model trained with --conditional")
         if c.sigma_hat and "eta" in c.given:
@@ -230,12 +232,13 @@ def main():
     if c.train:
         check(c)
         trained = train(c)
-        if runs.rank() != 0:
-            return
+    if runs.rank() != 0:
+        return
+    if c.train:
         pictures.curves(c.run)
         if not trained:
             print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
-        elif not c.sample and not c.evaluate:
+        if not c.sample and (trained or not (c.run / "samples.png").exists()):
             c.sample = True  # leave a sheet to look at
     if not (c.sample or c.evaluate):
         return
@@ -247,8 +250,8 @@ def main():
     check(c)
     shape = saved["data"]["shape"]
     c.labels = runs.count_labels(c, saved["data"]["classes"])
-    ema = runs.EMA(network(c, shape).to(c.device), c.ema)
     with runs.inputs():
+        ema = runs.EMA(network(c, shape).to(c.device), c.ema)
         runs.load_states(saved, c.checkpoint, ema=ema)
     net = torch.compile(ema.net) if c.compile else ema.net
     steps = c.steps or min(50, c.T)
@@ -259,20 +262,22 @@ def main():
         interpolate(c, net, shape, c.n or 8, steps)
     elif c.sample:
         frames = [] if c.out.endswith(".gif") else None
-        x, label, watch = draw(c, net, shape, c.n or 64, steps, frames)
-        print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
+        label = runs.sample_labels(c, c.n or 64, c.label)
+        x, watch = draw(c, net, shape, c.n or 64, steps, label, frames)
+        with runs.inputs():
+            print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
-        x, _, watch = draw(c, net, shape, c.n or 1000, steps)
+        x, watch = draw(c, net, shape, c.n or 1000, steps, runs.sample_labels(c, c.n or 1000))
         metrics.write_result(c, metrics.judge(c, x, steps, watch))
 
 
-def draw(c, net, shape, n, steps, frames=None):
-    """n samples, a batch at a time: them, their labels (or None), and the stopwatch that timed each batch."""
-    label, watch, parts = runs.sample_labels(c, n), runs.Stopwatch(c.device), []
-    for first, size in runs.chunks(n, frames):
+def draw(c, net, shape, n, steps, label, frames=None):
+    """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
+    watch, parts = runs.Stopwatch(c.device), []
+    for first, size in runs.chunks(n):
         parts.append(sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu())
         watch.lap(size)
-    return torch.cat(parts), label, watch
+    return torch.cat(parts), watch
 
 
 def round_trip(c, net, shape):
@@ -280,8 +285,8 @@ def round_trip(c, net, shape):
     if len(shape) != 3:
         runs.stop("--encode is for pictures, and this model makes points")
     with runs.inputs():
-        x0 = read_pictures(c.encode, shape).to(c.device) if c.encode else \
-            runs.load_data(c, "test").batch(torch.arange(8), c.device)[0]
+        test = None if c.encode else runs.load_data(c, "test")
+        x0 = read_pictures(c.encode, shape).to(c.device) if c.encode else test.batch(metrics.choice(len(test), 8), c.device)[0]
     rows = [x0]
     print("steps  error (mean square, per value in 0..1)")
     for steps in [k for k in (10, 20, 50, 100, 1000) if k <= c.T]:
@@ -296,7 +301,7 @@ def interpolate(c, net, shape, n, steps):
     if len(shape) != 3:
         runs.stop("--interpolate is for pictures, and this model makes points")
     x = randn((n + 1, *shape), c.seed, stream=START, device=c.device)
-    label = runs.sample_labels(c, n)
+    label = runs.sample_labels(c, n, c.label)
     columns = [sample(c, net, shape, 0, n, steps, label, x=slerp(x[:-1], x[1:], w), clip=False).cpu()
                for w in torch.linspace(0, 1, 11, device=c.device)]
     print(pictures.save(c.out or c.run / "interpolate.png", torch.stack(columns, 1).flatten(0, 1), columns=11))

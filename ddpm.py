@@ -152,7 +152,7 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None):
         c_x, c_0, beta, beta_tilde, p_x, p_out = tables[:, t]
         v, std = None, None
         if c.variance == "learned":
-            (out, v), out_uncond = out.chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
+            (out, v), out_uncond = out.float().chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
         sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t > tau[0])  # no noise on the last step
         coef = torch.stack([p_x, p_out, c_x, c_0, sigma if v is None else torch.zeros_like(c_x)])
         x, x0 = denoise_step(x, out, coef, c.seed, first, t, STEP, out_uncond=out_uncond, guidance=c.guidance,
@@ -220,24 +220,25 @@ def bits_per_dim(c, net, data, n=500, draws=16):
 
     The terms of t = 1 and T are computed for each picture, those between at `draws` stratified t each: unbiased.
     """
-    n = min(n, len(data))
+    chosen = metrics.choice(len(data), n)
     ab = alpha_bar(c.schedule, c.T)
     a, s = ab.sqrt().float().to(c.device), (1 - ab).sqrt().float().to(c.device)
     tables, total = step_tables(c, torch.arange(1, c.T + 1)).to(c.device), []
-    for first in runs.progress(range(0, n, 32), "bits/dim"):
-        index = torch.arange(first, min(first + 32, n))
+    for first in runs.progress(range(0, len(chosen), 32), "bits/dim"):
+        index = chosen[first:first + 32]
         x0, label = data.batch(index, c.device)
+        label = torch.where(label < 0, c.labels, label) if c.conditional else None
         log_s2 = torch.log1p(-ab[c.T])  # the prior: KL(q(x_T | x0) || N(0, 1))
-        sum_bits = (0.5 * (a[c.T] ** 2 * x0 ** 2 - ab[c.T] - log_s2)).flatten(1).mean(1).double() / math.log(2)
+        sum_bits = (0.5 * (a[c.T] ** 2 * x0 ** 2 - ab[c.T] - log_s2)).flatten(1).mean(1).cpu().double() / math.log(2)
         u = torch.rand((draws, len(index)), generator=runs.generator(c.seed, JUDGE, first))
         u = ((torch.arange(draws)[:, None] + u) / draws * (c.T - 1)).long().clamp(max=c.T - 2) + 2  # 2..T
         for draw, t in enumerate([torch.ones(len(index), dtype=torch.long), *u]):
             t = t.to(c.device)
             x_t, _ = add_noise(x0, a[t], s[t], c.seed, first, draw, JUDGE)
             with runs.autocast(c):
-                out = net(x_t, t * (1000 / c.T), label if c.conditional else None)
-            sum_bits += bound(c, x0, x_t, out.float(), t, tables).double() * (1 if draw == 0 else (c.T - 1) / draws)
-        total.append(sum_bits.cpu())
+                out = net(x_t, t * (1000 / c.T), label)
+            sum_bits += bound(c, x0, x_t, out.float(), t, tables).cpu().double() * (1 if draw == 0 else (c.T - 1) / draws)
+        total.append(sum_bits)
     total = torch.cat(total)
     return total.mean().item(), (total.std() / len(total) ** 0.5).item()
 
@@ -247,12 +248,10 @@ def check(c):
     """What the flags of one command, or flags and checkpoint together, cannot mean."""
     with runs.inputs():
         timesteps(c.T, c.steps or 1)
+        if "heads" in c.given and not c.attention:
+            raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
         if not c.conditional and (c.label >= 0 or c.guidance != 1):
             raise ValueError("--label and --guidance need a model trained with --conditional")
-        if c.predict == "mean" and c.precision == "bf16":
-            if "precision" in c.given:
-                raise ValueError("--predict mean needs --precision fp32: x_{t-1} and x_t differ by less than bf16 resolves")
-            c.precision = "fp32"
 
 
 def main():
@@ -260,44 +259,47 @@ def main():
     if c.train:
         check(c)
         trained = train(c)
-        if runs.rank() != 0:
-            return
+    if runs.rank() != 0:
+        return
+    if c.train:
         pictures.curves(c.run)
         if not trained:
             print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
-        elif not c.sample and not c.evaluate:
-            c.sample, c.steps = True, min(50, c.T)  # leave a sheet to look at
+        if not c.sample and (trained or not (c.run / "samples.png").exists()):
+            c.sample, c.steps = True, c.steps or min(50, c.T)  # leave a sheet to look at
     if not (c.sample or c.evaluate):
         return
     saved, c = runs.trained(c)
     check(c)
     shape = saved["data"]["shape"]
     c.labels = runs.count_labels(c, saved["data"]["classes"])
-    ema = runs.EMA(network(c, shape).to(c.device), c.ema)
     with runs.inputs():
+        ema = runs.EMA(network(c, shape).to(c.device), c.ema)
         runs.load_states(saved, c.checkpoint, ema=ema)
     net = torch.compile(ema.net) if c.compile else ema.net
 
     if c.sample:
         frames = [] if c.out.endswith(".gif") else None
-        x, label, watch = draw(c, net, shape, c.n or 64, c.steps or c.T, frames)
-        print(watch.report(c.steps or c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
+        label = runs.sample_labels(c, c.n or 64, c.label)
+        x, watch = draw(c, net, shape, c.n or 64, c.steps or c.T, label, frames)
+        with runs.inputs():
+            print(watch.report(c.steps or c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
         steps = c.steps or min(50, c.T)
-        x, _, watch = draw(c, net, shape, c.n or 1000, steps)
+        x, watch = draw(c, net, shape, c.n or 1000, steps, runs.sample_labels(c, c.n or 1000))
         result = metrics.judge(c, x, steps, watch)
         if len(shape) == 3:
             result["bits/dim"], result["bits/dim +-"] = bits_per_dim(c, net, runs.load_data(c, "test"))
         metrics.write_result(c, result)
 
 
-def draw(c, net, shape, n, steps, frames=None):
-    """n samples, a batch at a time: them, their labels (or None), and the stopwatch that timed each batch."""
-    label, watch, parts = runs.sample_labels(c, n), runs.Stopwatch(c.device), []
-    for first, size in runs.chunks(n, frames):
+def draw(c, net, shape, n, steps, label, frames=None):
+    """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
+    watch, parts = runs.Stopwatch(c.device), []
+    for first, size in runs.chunks(n):
         parts.append(sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu())
         watch.lap(size)
-    return torch.cat(parts), label, watch
+    return torch.cat(parts), watch
 
 
 if __name__ == "__main__":

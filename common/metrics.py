@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from common import data
 from common.pictures import to_uint8
-from common.runs import inputs, words, written
+from common.runs import inputs, written
 
 REFERENCE = 20_000      # training pictures or points that samples are compared with, at most
 NEIGHBOURS = 10_000     # samples that precision, recall, density and coverage look at, at most
@@ -194,7 +194,7 @@ def _turned(x):
     return torch.cat([x.rot90(k, (2, 3)) for k in range(4)]), y
 
 
-def _choice(n, most):
+def choice(n, most):
     """At most `most` of the indices 0..n-1, int64, in a random order that is fixed once and for all."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
 
@@ -277,13 +277,13 @@ def _train(train, test, device):
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     right = []
-    index = _choice(len(test), 10_000)
+    index = choice(len(test), 10_000)
     with torch.no_grad():
         for part in (index[test.labels[index] >= 0] if labelled else index).split(250):
             x, y = batch(test.images, test.labels, part)
             right.append((net(x)[1].argmax(1) == y).cpu())
     accuracy = float(torch.cat(right).double().mean())
-    variance = float(look(net, train.images, _choice(len(train), 2000), device)[0].var(0).sum())
+    variance = float(look(net, train.images, choice(len(train), 2000), device)[0].var(0).sum())
     net.scale.fill_(10 / max(variance, 1e-12) ** 0.5)
     print(f"classifier: {accuracy:.2%} of held-out {'pictures' if labelled else 'rotations'} right "
           f"after {updates} updates, {time.perf_counter() - began:.0f} s", file=sys.stderr)
@@ -430,7 +430,7 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         call = load_inception(inception, device)
         call(samples[:1])                                   # a wrong file is told before a minute of work
     draws = max(1, min(5, len(test) // n))                  # of held-out pictures: one alone is a noisy floor
-    reference, held_out = _choice(len(train), REFERENCE), _choice(len(test), draws * n)
+    reference, held_out = choice(len(train), REFERENCE), choice(len(test), draws * n)
     result = {"samples": float(n)}
     if train.images is None:
         fake, reference, held_out = samples.double(), train.points[reference], test.points[held_out]
@@ -498,10 +498,11 @@ def judge(c, x, evaluations, watch):
     evaluations: of the network for each sample; watch: the Stopwatch that timed them. A file that cannot be
     read ends the program with one line.
     """
+    speed = {"network evaluations": evaluations, "ms per sample": watch.ms(), "peak memory MiB": peak_memory(c.device)}
     with inputs():
-        result = evaluate(x if x.ndim == 2 else to_uint8(x), c.data, c.data_root, c.size or None, words(c.classes) or None,
+        result = evaluate(x if x.ndim == 2 else to_uint8(x), c.data, c.data_root, c.size or None, c.classes or None,
                           inception=c.inception or None, device=c.device)
-    return result | {"network evaluations": evaluations, "ms per sample": watch.ms(), "peak memory MiB": peak_memory(c.device)}
+    return result | speed
 
 
 def write_result(c, result):

@@ -1,5 +1,6 @@
 """What a person looks at: grids, trajectories, scatter plots of points, curves; and samples as files."""
 import csv
+import io
 import math
 from pathlib import Path
 
@@ -78,9 +79,8 @@ def save(path, x, labels=None, frames=(), columns=None):
         stills = []
         for frame in frames or [x]:
             if points:
-                with written(path) as file:
-                    scatter(frame.cpu(), file)
-                    stills.append(Image.open(file).convert("P"))
+                scatter(frame.cpu(), drawn := io.BytesIO())
+                stills.append(Image.open(drawn).convert("P"))
             else:
                 stills.append(grid(frame if frame.dtype == torch.uint8 else to_uint8(frame)).convert("P"))
         with written(path) as file:

@@ -7,11 +7,11 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import json
 import math
 import os
-import pickle
 import signal
 import statistics
 import sys
@@ -25,15 +25,15 @@ import torch.distributed as dist
 # ------------------------------------------------------------------------------------------------------------ flags
 
 
-def option(default, help, use="train", low=None, high=None, above=None, choices=None, acts=False, files=False):
+def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int, acts=False):
     """A field of a script's Config that is a flag too.
 
     use: the actions that read it, of "train sample evaluate"; given without one of these, the flag is an error.
-    low, high: bounds that are allowed, above: one that is not; choices: the allowed words; files: takes any number of names.
-    acts, files: given alone, such a flag asks for --sample.
+    low, high: bounds that are allowed, above: one that is not; choices: the allowed words; part: of a tuple given as a,b,c, where
+    Path means any number of files, a,b being one name; acts: given alone, such a flag asks for --sample.
     """
     return dataclasses.field(default=default, metadata=dict(help=help, use=use, low=low, high=high, above=above, choices=choices,
-                                                            acts=acts or files, files=files))
+                                                            part=part, acts=acts))
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Shared:
                        "archive (.zip .tar .tar.gz .tar.xz) of pictures", "train sample evaluate")
     data_root: str = option("data", "where named data sets are kept and fetched to", "train sample evaluate")
     size: int = option(0, "resize pictures to this side; 0: the data's own", "train sample evaluate", low=0)
-    classes: str = option("", "keep only these classes, e.g. airplane,bird", "train sample evaluate")
+    classes: tuple = option((), "keep only these classes, e.g. airplane,bird", "train sample evaluate", part=str)
     run: str = option("", "folder of the run; default runs/<method>-<data>", "train sample evaluate")
     fresh: bool = option(False, "start over, whatever the folder holds")
     n: int = option(0, "how many samples; default 64, and 1000 for --evaluate", "sample evaluate", low=1)
@@ -92,11 +92,13 @@ def _read(kind, f):
 
     def read(text):
         try:
-            value = tuple(int(part) for part in text.split(",") if part) if kind is tuple else kind(text)
+            value = tuple(map(m["part"], filter(None, text.split(",")))) if kind is tuple else kind(text)
         except ValueError:
             what = {int: "a whole number", float: "a number", tuple: "whole numbers with commas, e.g. 1,2,2"}[kind]
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         for v in value if kind is tuple else (value,):
+            if isinstance(v, str):
+                continue
             if isinstance(v, float) and not math.isfinite(v):
                 raise argparse.ArgumentTypeError(f"{text} is not a finite number")
             if m["low"] is not None and v < m["low"] or m["above"] is not None and v <= m["above"]:
@@ -131,7 +133,7 @@ def parse(method, Config, recipes, doc):
         defaults = ([f"default {_text(f.default)}"] if f.default not in ("", 0, -1, (), False) else []) + by_data
         text = m["help"] + (f" ({'; '.join(defaults)})" if defaults else "")
         flag = "--" + f.name.replace("_", "-")
-        if m["files"]:
+        if m["part"] is Path:
             group.add_argument(flag, nargs="*", metavar="FILE", help=text)
         elif isinstance(f.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction if by_data else "store_true",
@@ -140,7 +142,7 @@ def parse(method, Config, recipes, doc):
             kind = type(f.default)
             group.add_argument(flag, type=_read(kind, f) if kind is not str else str, default=None, help=text.replace("%", "%%"),
                                choices=m["choices"], metavar=None if m["choices"] else
-                               {int: "N", float: "X", tuple: "N,N", str: "TEXT"}[kind])
+                               {int: "N", float: "X", tuple: "A,B", str: "TEXT"}[kind])
     c = parser.parse_args()
     c.given = {f.name for f in fields if getattr(c, f.name) is not None}
     c.sample = c.sample or any(f.metadata["acts"] and f.name in c.given for f in fields)
@@ -155,12 +157,15 @@ def parse(method, Config, recipes, doc):
     c.data = "digits" if c.data is None else c.data
     if c.data not in NAMED and not Path(c.data).exists():
         stop(f"--data {c.data}: no such file or folder, and no data set of that name ({', '.join(NAMED)})")
-    c.name = c.data if c.data in NAMED else Path(c.data).resolve().name.split(".")[0]
+    c.name = Path(c.data).resolve().name.split(".")[0]
+    c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
     for name in sorted(FOR_PICTURES & c.given if c.data in POINTS else ()):
         stop(f"--{name} is for pictures, and {c.data} has points: leave it out")
     if c.data in POINTS and c.out and not Path(c.out).suffix:
         stop(f"--out {c.out}: points go into a .png, .gif or .npz")
-    recipe = recipes.get(c.data if c.data in NAMED else "pictures", {})
+    recipe = dict(recipes.get(c.data if c.data in NAMED else "pictures", {}))
+    if c.given & {"iters", "minutes"}:  # the user's end replaces the recipe's
+        recipe = {k: v for k, v in recipe.items() if k not in ("iters", "minutes")}
     for f in fields:
         if getattr(c, f.name) is None:
             setattr(c, f.name, recipe.get(f.name, f.default))
@@ -173,6 +178,10 @@ def parse(method, Config, recipes, doc):
         stop("--checkpoint is for sampling: a run goes on from its own checkpoint, so leave out one of --train and --checkpoint")
     if c.fresh and c.checkpoint:
         stop("--fresh and --checkpoint contradict each other: leave out one")
+    if c.inception and not Path(c.inception).is_file():
+        stop(f"--inception {c.inception}: no such file")
+    if c.sample and c.n > 256 and c.out.endswith(".gif"):
+        stop(f"--n {c.n}: a .gif shows at most 256 samples")
     if c.out:
         _writable(c.out)
     c.device = pick_device(c.device)
@@ -182,7 +191,7 @@ def parse(method, Config, recipes, doc):
 
 
 def _text(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _writable(path):
@@ -202,6 +211,8 @@ def pick_device(name):
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
         name = next(d for d in there if there[d])
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count() > 0:
+        stop(f"there are {torch.cuda.device_count()} GPUs here: start no more processes than that on a machine, or give --device cpu")
     if not there[name]:
         stop(f"--device {name}: there is none here that PyTorch can use; leave the flag out, or give --device cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
@@ -218,13 +229,16 @@ def pick_precision(name, device):
 
 
 def autocast(c):
-    """The context for a forward pass: bf16 mixed precision where c.precision says so."""
-    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16")
+    """The context for a forward pass: bf16 mixed precision where c.precision says so.
+
+    A network that predicts the mean stays in fp32: x_{t-1} and x_t differ by less than bf16 resolves.
+    """
+    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16" and getattr(c, "predict", "") != "mean")
 
 
 # ----------------------------------------------------------------------------------------------------- random draws
 # A random number is a function of (seed, stream, step, sample, element). Training and sampling never share a stream.
-(ORDER, FLIP, TIME, NOISE, DROP, START, STEP, LABEL, JUDGE) = range(9)
+(ORDER, FLIP, TIME, NOISE, DROP, START, STEP, JUDGE) = range(8)
 
 
 def generator(seed, stream, step=0):
@@ -278,16 +292,16 @@ def count_labels(c, classes):
 def drop_labels(label, c, step):
     """Labels (b,) of which a tenth, drawn for update `step`, become c.labels: "no label" (Ho 2022, classifier-free guidance)."""
     dropped = torch.rand(c.batch, generator=generator(c.seed, DROP, step))[rows(c.batch)] < 0.1
-    return torch.where(dropped.to(label.device), c.labels, label)
+    return torch.where(dropped.to(label.device) | (label < 0), c.labels, label)  # -1: a picture without a class
 
 
-def sample_labels(c, n):
-    """Labels (n,) on c.device for conditional models: --label, or each class in turn; None for others."""
+def sample_labels(c, n, label=-1):
+    """Labels (n,) on c.device for conditional models: this one, or (-1) each class in turn; None for others."""
     if not c.labels:
         return None
-    if c.label >= c.labels:
-        stop(f"--label {c.label}: this model has labels 0 to {c.labels - 1}")
-    return torch.full((n,), c.label, device=c.device) if c.label >= 0 else torch.arange(n, device=c.device) % c.labels
+    if label >= c.labels:
+        stop(f"--label {label}: this model has labels 0 to {c.labels - 1}")
+    return torch.full((n,), label, device=c.device) if label >= 0 else torch.arange(n, device=c.device) % c.labels
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -310,7 +324,8 @@ def join(c):
             stop(f"--batch {c.batch} cannot be split evenly among {world()} processes")
         if c.device.type == "cuda":
             torch.cuda.set_device(c.device)
-        dist.init_process_group("nccl" if c.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if c.device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=12))  # rank 0 may have much to fetch
 
 
 def leave():
@@ -385,8 +400,8 @@ def load_checkpoint(path, methods):
         raise ValueError(f"{path} is not there: train first (--train), or give --checkpoint FILE")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        method, _ = saved["method"], (saved["config"], saved["data"], saved["step"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, OSError):
+        method, *_ = saved["method"], dict(saved["config"]), saved["data"]["shape"][-1], saved["data"]["classes"], saved["step"] + 1
+    except Exception:  # a damaged or foreign file raises anything
         raise ValueError(f"{path} is not a checkpoint of this project, or is damaged") from None
     if method not in methods:
         raise ValueError(f"{path} is a checkpoint of {method}.py, which {methods[0]}.py cannot use")
@@ -398,7 +413,7 @@ def load_states(saved, path, **objects):
     try:
         for name, thing in objects.items():
             thing.load_state_dict(saved[name])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+    except Exception:
         raise ValueError(f"{path} is damaged, or does not fit this version of the network") from None
 
 
@@ -411,25 +426,23 @@ def trained(c, methods=None):
     path = Path(c.checkpoint) if c.checkpoint else c.run / "checkpoint.pt"
     with inputs():
         saved = load_checkpoint(path, methods or (c.method,))
-        for flag, value, there in (("data", c.name, saved["data"]["data"]), ("size", c.size, saved["data"]["shape"][-1]),
-                                   ("classes", ",".join(sorted(words(c.classes))), ",".join(sorted(saved["data"]["classes"])))):
+        shape, classes = saved["data"]["shape"], saved["data"]["classes"]
+        for flag, value, there in (("data", c.name, saved["data"]["data"]), ("size", c.size, shape[-1]),
+                                   ("classes", _text(sorted(c.classes)), _text(sorted(classes)))):
             if flag in c.given and value != there:
                 raise ValueError(f"{path} was trained with --{flag} {there}, not {value}: change the flag, or give another --run "
                                  "or --checkpoint")
-    c = SimpleNamespace(**vars(c))
-    for name, value in saved["config"].items():
-        if name != "seed":
-            setattr(c, name, tuple(value) if isinstance(value, list) else value)
-    if "data" not in c.given:
-        c.data, c.classes = saved["source"], ",".join(saved["data"]["classes"])
-        c.size = saved["data"]["shape"][-1] if len(saved["data"]["shape"]) == 3 else 0
+        was, c = c, SimpleNamespace(**vars(c))
+        for name in {*c.train_fields, "variance"} & set(saved["config"]) - {"seed"}:  # nothing else in the file is believed
+            value = saved["config"][name]
+            value = tuple(value) if isinstance(value, list) else value
+            if not isinstance(value, type(getattr(was, name, ""))):
+                raise ValueError(f"{path} is damaged: {name} = {value!r}")
+            setattr(c, name, value)
+    c.data = c.data if "data" in c.given else saved["source"]
+    c.size, c.classes = shape[-1] if len(shape) == 3 else 0, tuple(classes)
     c.name, c.checkpoint = saved["data"]["data"], str(path)
     return saved, c
-
-
-def words(text):
-    """The names in a flag like a,b,c."""
-    return [w for w in text.split(",") if w]
 
 
 def load_data(c, split="train"):
@@ -438,7 +451,7 @@ def load_data(c, split="train"):
     if dist.is_initialized() and rank() != 0:
         dist.barrier()  # rank 0 fetches and caches first
     with inputs():
-        data = load(c.data, c.data_root, c.size or None, words(c.classes) or None, split)
+        data = load(c.data, c.data_root, c.size or None, c.classes or None, split)
     if dist.is_initialized() and rank() == 0:
         dist.barrier()
     return data
@@ -462,7 +475,7 @@ class Run:
         self.c, self.states = c, states
         self.path = c.run / "checkpoint.pt"
         self.config = {name: getattr(c, name) for name in c.train_fields}
-        self.data = dict(data=c.name, shape=list(data.shape), classes=list(data.classes))
+        self.data = dict(data=c.name, shape=list(data.shape), classes=list(data.classes), pictures=len(data))
         self.step, self.seconds, self.window, self.bar, self.interrupted = 0, 0.0, [], None, False
         if c.fresh and rank() == 0:
             self.path.unlink(missing_ok=True)
@@ -471,6 +484,8 @@ class Run:
             dist.barrier()
         if self.path.exists():
             self._resume()
+        if self._agree(self.step, -self.step) != [self.step, -self.step]:
+            stop(f"the processes found different checkpoints in {c.run}: it must lie on a disk that all of them share")
         if rank() == 0:
             with inputs():
                 c.run.mkdir(parents=True, exist_ok=True)
@@ -488,11 +503,9 @@ class Run:
             saved = load_checkpoint(self.path, (self.c.method,))
             was = dict(saved["config"], **saved["data"])
             for name, now in {**self.config, **self.data}.items():
-                now, then = (list(v) if isinstance(v, tuple) else v for v in (now, was.get(name)))
-                if name not in MAY_CHANGE and now != then:
-                    raise ValueError(f"{self.c.run} was trained with {name} = {_text(tuple(then) if isinstance(then, list) else then)}, "
-                                     f"not {_text(tuple(now) if isinstance(now, list) else now)}: use the same flags, another --run, "
-                                     "or --fresh to start over")
+                if name not in MAY_CHANGE and _text(now) != _text(was.get(name)):
+                    raise ValueError(f"{self.c.run} was trained with {name} = {_text(was.get(name))}, not {_text(now)}: use the same "
+                                     "flags, another --run, or --fresh to start over")
             load_states(saved, self.path, **self.states)
         self.step, self.seconds = saved["step"], saved["seconds"]
 
@@ -523,12 +536,14 @@ class Run:
                 yield self.step
                 self.seconds = before + time.monotonic() - start
                 if self.step % LOG_EVERY == 0:
-                    rate = (self.step - first) / (self.seconds - before)
+                    rate = (self.step - first) / max(self.seconds - before, 1e-9)
                     left = (self.c.iters - self.step) / rate
                     left = min(left, 60 * self.c.minutes - self.seconds) if self.c.minutes else left
-                    self.bar.set_postfix_str(f"{self._flush()}, {rate * self.c.batch:.0f} images/s, {clock(left)} left", refresh=False)
+                    self.bar.set_postfix_str(f"{self._flush()}, {rate * self.c.batch:.0f} images/s, {tqdm.format_interval(max(0, left))} left", refresh=False)
                 self.bar.update()
-                done, interrupted = self._agree(self._finished(), self.interrupted)
+                last = self.step >= self.c.iters
+                done, interrupted = self._agree(self._finished(), self.interrupted) if self.step % LOG_EVERY == 0 or last or \
+                    world() == 1 else (False, False)  # every process stops at the same update: what one wants, all do
                 if done or interrupted or self.step % LOG_EVERY == 0 and time.monotonic() - saved_at > SAVE_EVERY:
                     self._flush()
                     self.save()
@@ -547,16 +562,16 @@ class Run:
 
     def _interrupt(self, number, frame):
         if self.interrupted and number == signal.SIGINT:  # a second Ctrl-C does not wait for the update to end
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         self.interrupted = True
 
-    def _agree(self, *flags):
-        """Every process stops at the same update: what one wants, all do."""
+    def _agree(self, *numbers):
+        """The largest of each number among the processes."""
         if world() == 1:
-            return flags
-        wanted = torch.tensor(flags, dtype=torch.int32, device=self.c.device)
-        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
-        return [bool(f) for f in wanted]
+            return list(numbers)
+        largest = torch.tensor([int(n) for n in numbers], device=self.c.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def log(self, **values):
         """One update's scalars (detached 0-d tensors or floats); averaged over LOG_EVERY updates into a row of metrics.csv."""
@@ -571,17 +586,15 @@ class Run:
         if world() > 1:
             dist.all_reduce(table)
             table /= world()
-        table = table.double().cpu()
+        table = table.cpu().double()
         if not table.isfinite().all():
             bad = int((~table.isfinite()).any(1).nonzero()[0])
-            self.bar.close()
-            stop(f"the loss of update {self.step - len(self.window) + 1 + bad} is not finite; {self.path} holds the last good state. "
-                 "A smaller --lr usually helps, or --precision fp32")
+            self._not_finite(f"the loss of update {self.step - len(self.window) + 1 + bad}")
         means = table.mean(0).tolist()
         if rank() == 0:
             path = self.c.run / "metrics.csv"
             new = not path.exists()
-            with open(path, "a", newline="") as file:
+            with inputs(), open(path, "a", newline="") as file:
                 rows = csv.writer(file)
                 if new:
                     rows.writerow(["step", "seconds", *names])
@@ -589,18 +602,23 @@ class Run:
         self.window = []
         return ", ".join(f"{n} {m:.4f}" for n, m in zip(names, means))
 
+    def _not_finite(self, what):
+        self.bar.close()
+        kept = f"; {self.path} holds the last good state" if self.path.exists() else ""
+        stop(f"{what} is not finite{kept}. A smaller --lr usually helps, or --precision fp32")
+
     def save(self):
-        """Write checkpoint.pt: all or nothing."""
+        """Write checkpoint.pt: all or nothing, and no weights that are not finite."""
+        for thing in self.states.values():
+            if isinstance(thing, torch.nn.Module) and not all(p.isfinite().all() for p in thing.parameters()):
+                self._not_finite(f"a weight after update {self.step}")
         if rank() == 0:
             with inputs(), written(self.path) as file:
-                torch.save(dict(method=self.c.method, config=self.config, data=self.data, source=self.c.data, step=self.step,
-                                seconds=self.seconds, **{k: v.state_dict() for k, v in self.states.items()}), file)
-
-
-def clock(seconds):
-    """Seconds as 1:05 or 2:01:05."""
-    minutes, s = divmod(int(max(0, seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
+                try:
+                    torch.save(dict(method=self.c.method, config=self.config, data=self.data, source=self.c.data, step=self.step,
+                                    seconds=self.seconds, **{k: v.state_dict() for k, v in self.states.items()}), file)
+                except RuntimeError as fault:  # PyTorch's word for a full disk
+                    raise OSError(f"{self.path} cannot be written: {fault}") from None
 
 
 # ---------------------------------------------------------------------------------------------- sampling and judging
@@ -612,10 +630,8 @@ def progress(steps, what):
     return tqdm(steps, desc=what, leave=False, disable=rank() != 0 or not sys.stderr.isatty())
 
 
-def chunks(n, frames=None, size=256):
-    """(first, how many) of each batch of n samples. ValueError for a trajectory of more samples than a batch."""
-    if frames is not None and n > size:
-        stop(f"--n {n}: a .gif shows at most {size} samples")
+def chunks(n, size=256):
+    """(first, how many) of each batch of n samples."""
     return [(first, min(size, n - first)) for first in range(0, n, size)]
 
 
@@ -624,6 +640,8 @@ class Stopwatch:
 
     def __init__(self, device):
         self.device, self.laps = device, []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.last = self._now()
 
     def _now(self):

@@ -258,7 +258,7 @@ def test_better_pictures_have_better_figures(drawn, root, capsys):
     assert float(features.var(0).sum()) == pytest.approx(100, rel=1e-3)                 # this sets the scale
     # few samples: the floor is the mean over five draws of as many held-out pictures
     reference = metrics.moments([features])
-    held_out = metrics.look(net, Drawn(700, 2).images, metrics._choice(700, 500))[0].split(100)
+    held_out = metrics.look(net, Drawn(700, 2).images, metrics.choice(700, 500))[0].split(100)
     floors = [metrics.frechet(*metrics.moments([x]), *reference) for x in held_out]
     few = metrics.evaluate(real[:100], "drawn", root)
     assert few["fcd_floor"] == pytest.approx(sum(floors) / 5, rel=1e-4) and few["floor_n"] == 100
