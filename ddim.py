@@ -5,6 +5,8 @@
     python ddim.py --evaluate                       # FCD, precision, recall, ... at 50 steps
     python ddim.py --encode a.png b.png             # pictures to noise and back, with the error for 10 to 1000 steps
     python ddim.py --interpolate --out walk.png     # between the noises of neighbouring samples
+
+Digits on two cores of a Xeon without a GPU: 2.5 minutes of training, FCD 1.1 (floor 0.16) at 50 steps, one run.
 """
 import math
 from dataclasses import dataclass
@@ -231,16 +233,8 @@ def main():
     c = runs.parse("ddim", Config, RECIPES, __doc__)
     if c.train:
         check(c)
-        trained = train(c)
-    if runs.rank() != 0:
-        return
-    if c.train:
-        pictures.curves(c.run)
-        if not trained:
-            print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
-        if not c.sample and (trained or not (c.run / "samples.png").exists()):
-            c.sample = True  # leave a sheet to look at
-    if not (c.sample or c.evaluate):
+        runs.finish(c, train(c))
+    if runs.rank() != 0 or not (c.sample or c.evaluate):
         return
     ddpm = Path("runs") / f"ddpm-{c.name}" / "checkpoint.pt"
     if not {"checkpoint", "run"} & c.given and not (c.run / "checkpoint.pt").exists() and ddpm.exists():
@@ -256,13 +250,14 @@ def main():
     net = torch.compile(ema.net) if c.compile else ema.net
     steps = c.steps or min(50, c.T)
 
+    if len(shape) != 3 and (c.interpolate or "encode" in c.given):
+        runs.stop("--encode and --interpolate are for pictures, and this model makes points")
     if "encode" in c.given:
         round_trip(c, net, shape)
     elif c.interpolate:
         interpolate(c, net, shape, c.n or 8, steps)
     elif c.sample:
-        frames = [] if c.out.endswith(".gif") else None
-        label = runs.sample_labels(c, c.n or 64, c.label)
+        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.n or 64, c.label)
         x, watch = draw(c, net, shape, c.n or 64, steps, label, frames)
         with runs.inputs():
             print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
@@ -282,8 +277,6 @@ def draw(c, net, shape, n, steps, label, frames=None):
 
 def round_trip(c, net, shape):
     """Encode and decode pictures with several numbers of steps: a table of errors, and a sheet, a row for each number (table 2)."""
-    if len(shape) != 3:
-        runs.stop("--encode is for pictures, and this model makes points")
     with runs.inputs():
         test = None if c.encode else runs.load_data(c, "test")
         x0 = read_pictures(c.encode, shape).to(c.device) if c.encode else test.batch(metrics.choice(len(test), 8), c.device)[0]
@@ -298,8 +291,6 @@ def round_trip(c, net, shape):
 
 def interpolate(c, net, shape, n, steps):
     """n rows, each eleven samples from the noise of sample i to that of sample i + 1, never clipped (figure 6)."""
-    if len(shape) != 3:
-        runs.stop("--interpolate is for pictures, and this model makes points")
     x = randn((n + 1, *shape), c.seed, stream=START, device=c.device)
     label = runs.sample_labels(c, n, c.label)
     columns = [sample(c, net, shape, 0, n, steps, label, x=slerp(x[:-1], x[1:], w), clip=False).cpu()

@@ -256,18 +256,11 @@ def check(c):
 
 def main():
     c = runs.parse("ddpm", Config, RECIPES, __doc__)
+    asked = c.sample
     if c.train:
         check(c)
-        trained = train(c)
-    if runs.rank() != 0:
-        return
-    if c.train:
-        pictures.curves(c.run)
-        if not trained:
-            print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
-        if not c.sample and (trained or not (c.run / "samples.png").exists()):
-            c.sample, c.steps = True, c.steps or min(50, c.T)  # leave a sheet to look at
-    if not (c.sample or c.evaluate):
+        runs.finish(c, train(c))
+    if runs.rank() != 0 or not (c.sample or c.evaluate):
         return
     saved, c = runs.trained(c)
     check(c)
@@ -278,16 +271,16 @@ def main():
         runs.load_states(saved, c.checkpoint, ema=ema)
     net = torch.compile(ema.net) if c.compile else ema.net
 
+    few = c.steps or min(50, c.T)
     if c.sample:
-        frames = [] if c.out.endswith(".gif") else None
-        label = runs.sample_labels(c, c.n or 64, c.label)
-        x, watch = draw(c, net, shape, c.n or 64, c.steps or c.T, label, frames)
+        steps = c.steps or c.T if asked else few  # the sheet that training leaves need not take minutes
+        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.n or 64, c.label)
+        x, watch = draw(c, net, shape, c.n or 64, steps, label, frames)
         with runs.inputs():
-            print(watch.report(c.steps or c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
+            print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
-        steps = c.steps or min(50, c.T)
-        x, watch = draw(c, net, shape, c.n or 1000, steps, runs.sample_labels(c, c.n or 1000))
-        result = metrics.judge(c, x, steps, watch)
+        x, watch = draw(c, net, shape, c.n or 1000, few, runs.sample_labels(c, c.n or 1000))
+        result = metrics.judge(c, x, few, watch)
         if len(shape) == 3:
             result["bits/dim"], result["bits/dim +-"] = bits_per_dim(c, net, runs.load_data(c, "test"))
         metrics.write_result(c, result)

@@ -621,6 +621,16 @@ class Run:
                     raise OSError(f"{self.path} cannot be written: {fault}") from None
 
 
+def finish(c, trained):
+    """After --train: loss.png, a word if nothing was left to train, and --sample where a run would be left without a sheet."""
+    if rank() == 0:
+        from common import pictures
+        pictures.curves(c.run)
+        if not trained:
+            print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
+        c.sample = c.sample or trained or not (c.run / "samples.png").exists()
+
+
 # ---------------------------------------------------------------------------------------------- sampling and judging
 
 
