@@ -77,8 +77,8 @@ RECIPES = {  # what differs from Config, by data set; `pictures` is any path
 
 # ======================================================================================================== The method
 def network(c, shape):
-    """The network for data of this shape, (C, H, W) or (2,). A ddpm.py network with a learned variance has twice the channels out."""
-    outputs = shape[0] * (2 if getattr(c, "variance", None) == "learned" else 1)
+    """The network for data of this shape, (C, H, W) or (2,)."""
+    outputs = shape[0] * (2 if getattr(c, "variance", None) == "learned" else 1)  # of a ddpm.py checkpoint
     if len(shape) == 1:
         return MLP(shape[0], outputs, c.width, classes=c.labels)
     return UNet(shape[0], outputs, shape[-1], c.width, c.multipliers, c.blocks, c.attention, c.heads, c.labels,
@@ -224,9 +224,8 @@ def check(c):
             raise ValueError("--sigma-hat sets the noise itself: leave out --eta")
         if (c.interpolate or "encode" in c.given) and (c.eta or c.sigma_hat):
             raise ValueError("--encode and --interpolate need the deterministic walk: leave out --eta and --sigma-hat")
-        if "encode" in c.given:
-            for flag in {"n", "steps", "label", "guidance", "interpolate"} & c.given:
-                raise ValueError(f"--{flag} does nothing with --encode: leave it out")
+        for flag in {"n", "steps", "label", "guidance", "interpolate"} & c.given if "encode" in c.given else ():
+            raise ValueError(f"--{flag} does nothing with --encode: leave it out")
 
 
 def main():
@@ -292,8 +291,7 @@ def round_trip(c, net, shape):
 def interpolate(c, net, shape, n, steps):
     """n rows, each eleven samples from the noise of sample i to that of sample i + 1, never clipped (figure 6)."""
     x = randn((n + 1, *shape), c.seed, stream=START, device=c.device)
-    label = runs.sample_labels(c, n, c.label)
-    columns = [sample(c, net, shape, 0, n, steps, label, x=slerp(x[:-1], x[1:], w), clip=False).cpu()
+    columns = [sample(c, net, shape, 0, n, steps, runs.sample_labels(c, n, c.label), x=slerp(x[:-1], x[1:], w), clip=False).cpu()
                for w in torch.linspace(0, 1, 11, device=c.device)]
     print(pictures.save(c.out or c.run / "interpolate.png", torch.stack(columns, 1).flatten(0, 1), columns=11))
 

@@ -191,7 +191,7 @@ def parse(method, Config, recipes, doc):
 
 
 def _text(value):
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    return ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else str(value)
 
 
 def _writable(path):
