@@ -84,7 +84,8 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "pickle", "torch pickle", "cut", "foreign", "number"])
+@pytest.mark.parametrize("content", ["empty", "text", "pickle", "torch pickle", "cut", "foreign", "number", "dot", "bytes",
+                                     "shape"])
 def test_bad_checkpoints_are_named_and_nothing_in_them_runs(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pt"
@@ -100,12 +101,36 @@ def test_bad_checkpoints_are_named_and_nothing_in_them_runs(content, tmp_path, m
         torch.save({"state_dict": {"w": torch.ones(3)}}, path)
     elif content == "number":
         torch.save(3, path)
+    elif content in ("dot", "bytes"):
+        path.write_bytes(b"." if content == "dot" else b"\x80\x02J\x00")
+    elif content == "shape":
+        torch.save(dict(method="ddpm", config={}, data=3, step=1), path)
     else:
         torch.save(dict(method="ddpm", config={}, data={}, step=1, w=torch.ones(10000)), path)
         path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(ValueError, match="not a checkpoint of this project, or is damaged"):
         runs.load_checkpoint(path, ("ddpm",))
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path, capsys):
+    def read(config):
+        torch.save(dict(method="ddpm", config=config, data=dict(data="digits", shape=[1, 4, 4], classes=["a"]), source="digits", step=1),
+                   tmp_path / "c.pt")
+        c = SimpleNamespace(checkpoint=str(tmp_path / "c.pt"), method="ddpm", given=set(), name="digits", size=0, classes=(), data="digits",
+                            train_fields=["T", "multipliers", "seed"], T=7, multipliers=(1,), seed=5, out="", run=tmp_path, lr=0.5)
+        return runs.trained(c)[1]
+    c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", lr=9.0, seed=1))
+    assert (c.T, c.multipliers, c.out, c.lr, c.seed) == (20, (1, 2), "", 0.5, 5) and (c.size, c.classes) == (4, ("a",))
+    with pytest.raises(SystemExit) as stopped:
+        read(dict(T="abc"))
+    assert stopped.value.code == 2 and "damaged: T = 'abc'" in capsys.readouterr().err
+
+
+def test_pictures_without_a_class_train_as_unlabelled():
+    c = SimpleNamespace(batch=1000, seed=0, labels=3)
+    dropped = runs.drop_labels(torch.arange(1000) % 4 - 1, c, 5)
+    assert (dropped[::4] == 3).all() and 0.05 < (dropped[1::4] == 3).float().mean() < 0.15 and dropped.min() == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- Run
@@ -187,6 +212,16 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tmp_path, capsys, monk
             run.log(loss=torch.tensor(math.nan if step >= 17 else 1.0))
     assert stopped.value.code == 2 and "update 17 is not finite" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoint.pt")["thing"]["value"] == 10
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    net = torch.nn.Linear(2, 1)
+    with pytest.raises(SystemExit) as stopped:
+        for step in (run := runs.Run(settings(tmp_path, iters=5), DATA, net=net)):
+            run.log(loss=torch.tensor(1.0))
+            net.weight.data[0, 0] = math.nan
+    assert stopped.value.code == 2 and "a weight after update 5" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):

@@ -270,6 +270,19 @@ def test_wrong_input_ends_with_one_line(place, script, flags, words, monkeypatch
     assert (place / "runs" / f"{script}-digits" / "checkpoint.pt").read_bytes() == before
 
 
+def test_an_end_that_is_given_replaces_the_recipe_s(monkeypatch, tmp_path):
+    """--iters alone is not cut short by the recipe's minutes, nor --minutes by its updates."""
+    import ddpm
+    from common import runs
+    monkeypatch.chdir(tmp_path)
+    for flags, iters, minutes in (("", 3000, 2.5), ("--iters 20000", 20000, 0), ("--minutes 9", ddpm.Config.iters, 9),
+                                  ("--iters 5 --minutes 1", 5, 1)):
+        monkeypatch.setattr(sys, "argv", ["ddpm.py", "--train", *flags.split()])
+        c = runs.parse("ddpm", ddpm.Config, ddpm.RECIPES, "")
+        assert (c.iters, c.minutes) == (iters, minutes)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_a_flag_of_another_script_is_an_error(place, capsys, monkeypatch):
     done = run(place, "ddpm", "--sample", "--eta", "0.5", code=2)
     assert "--eta" in done.stderr and done.stderr.count("\n") == 1
