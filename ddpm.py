@@ -4,7 +4,9 @@ Ho, Jain, Abbeel 2020 (arXiv:2006.11239), with the improvements of Nichol, Dhari
     python ddpm.py --train                          # digits, drawn on the spot
     python ddpm.py --sample --steps 50 --n 16       # a sheet in runs/ddpm-digits/samples.png
     python ddpm.py --evaluate                       # FCD, precision, recall, ..., bits/dim
-    python ddpm.py --train --sample --data cifar10 --predict eps --variance learned
+    python ddpm.py --train --sample --data cifar10 --variance learned
+
+Digits on two cores of a Xeon without a GPU: 2.5 minutes of training, FCD 1.0 (floor 0.16) at 50 of 1000 steps, one run.
 """
 import math
 from dataclasses import dataclass
@@ -150,7 +152,7 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None):
         with runs.autocast(c):
             out, out_uncond = guided(c, net, x, t, label)
         c_x, c_0, beta, beta_tilde, p_x, p_out = tables[:, t]
-        v, std = None, None
+        v = None
         if c.variance == "learned":
             (out, v), out_uncond = out.float().chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
         sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t > tau[0])  # no noise on the last step
@@ -270,10 +272,9 @@ def main():
         ema = runs.EMA(network(c, shape).to(c.device), c.ema)
         runs.load_states(saved, c.checkpoint, ema=ema)
     net = torch.compile(ema.net) if c.compile else ema.net
-
-    few = c.steps or min(50, c.T)
+    few = c.steps or min(50, c.T)  # the sheet that training leaves need not take minutes
     if c.sample:
-        steps = c.steps or c.T if asked else few  # the sheet that training leaves need not take minutes
+        steps = c.steps or c.T if asked else few
         frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.n or 64, c.label)
         x, watch = draw(c, net, shape, c.n or 64, steps, label, frames)
         with runs.inputs():

@@ -129,7 +129,6 @@ def test_points_come_close_to_the_spiral(place, script):
     assert result["wasserstein_floor"] < result["wasserstein"] < 0.15  # of pure noise: 0.4 (measured)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ddpm", "ddim"])
 def test_evaluate_judges_pictures(place, script):
     done = run(place, script, "--evaluate", "--n", 100, "--steps", 10)
