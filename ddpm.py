@@ -24,6 +24,7 @@ from kernels.noise import randn
 # ============================================================================================================ Config
 @dataclass
 class Config:
+    """This script's own flags; common/runs.py has the shared ones, and RECIPES what a data set changes."""
     T: int = option(1000, "steps from data to noise", low=2)
     schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES)
     predict: str = option("v", "what the network's output means", choices=("eps", "x0", "mean", "v"))
@@ -266,8 +267,7 @@ def main():
         return
     saved, c = runs.trained(c)
     check(c)
-    shape = saved["data"]["shape"]
-    c.labels = runs.count_labels(c, saved["data"]["classes"])
+    shape, c.labels = saved["data"]["shape"], runs.count_labels(c, saved["data"]["classes"])
     with runs.inputs():
         ema = runs.EMA(network(c, shape).to(c.device), c.ema)
         runs.load_states(saved, c.checkpoint, ema=ema)
