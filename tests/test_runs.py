@@ -61,7 +61,7 @@ def test_ema_against_its_definition():
         ema.update(net)
         decay = min(0.9, (1 + n) / (10 + n))
         mean = decay * mean + (1 - decay) * n
-    assert_close(ema.net.weight.double(), mean, atol=1e-4, rtol=1e-6)
+        assert_close(ema.net.weight.double(), mean, atol=1e-4, rtol=1e-6)  # from the first update: the warm-up is soon forgotten
     again = runs.EMA(torch.nn.Linear(2, 1), 0.9)
     again.load_state_dict(ema.state_dict())
     assert again.updates == 199 and torch.equal(again.net.weight, ema.net.weight)
