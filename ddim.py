@@ -267,11 +267,9 @@ def main():
 
 def draw(c, net, shape, n, steps, label, frames=None):
     """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
-    watch, parts = runs.Stopwatch(c.device), []
-    for first, size in runs.chunks(n):
-        parts.append(sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu())
-        watch.lap(size)
-    return torch.cat(parts), watch
+    watch = runs.Stopwatch(c.device)
+    return torch.cat([sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu()
+                      for first, size in watch.batches(n)]), watch
 
 
 def round_trip(c, net, shape):

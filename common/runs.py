@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import math
+import operator
 import os
 import signal
 import statistics
@@ -32,8 +33,7 @@ def option(default, help, use="train", low=None, high=None, above=None, choices=
     low, high: bounds that are allowed, above: one that is not; choices: the allowed words; part: of a tuple given as a,b,c, where
     Path means any number of files, a,b being one name; acts: given alone, such a flag asks for --sample.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, use=use, low=low, high=high, above=above, choices=choices,
-                                                            part=part, acts=acts))
+    return dataclasses.field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
 
 @dataclasses.dataclass
@@ -86,9 +86,9 @@ def inputs():
         stop(error)
 
 
-def _read(kind, f):
+def _read(f):
     """The function that reads the text of flag f, with its bounds."""
-    m = f.metadata
+    m, kind = f.metadata, type(f.default)
 
     def read(text):
         try:
@@ -97,15 +97,12 @@ def _read(kind, f):
             what = {int: "a whole number", float: "a number", tuple: "whole numbers with commas, e.g. 1,2,2"}[kind]
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         for v in value if kind is tuple else (value,):
-            if isinstance(v, str):
-                continue
             if isinstance(v, float) and not math.isfinite(v):
                 raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-            if m["low"] is not None and v < m["low"] or m["above"] is not None and v <= m["above"]:
-                raise argparse.ArgumentTypeError(f"{text} is too small: " + (
-                    f"at least {m['low']}" if m["low"] is not None else f"more than {m['above']}"))
-            if m["high"] is not None and v > m["high"]:
-                raise argparse.ArgumentTypeError(f"{text} is too large: at most {m['high']}")
+            for bound, wrong, words in (("low", operator.lt, "small: at least"), ("above", operator.le, "small: more than"),
+                                        ("high", operator.gt, "large: at most")):
+                if m[bound] is not None and wrong(v, m[bound]):
+                    raise argparse.ArgumentTypeError(f"{text} is too {words} {m[bound]}")
         return value
     return read
 
@@ -132,17 +129,15 @@ def parse(method, Config, recipes, doc):
         by_data = [f"{d} {_text(r[f.name])}" for d, r in recipes.items() if f.name in r]
         defaults = ([f"default {_text(f.default)}"] if f.default not in ("", 0, -1, (), False) else []) + by_data
         text = m["help"] + (f" ({'; '.join(defaults)})" if defaults else "")
-        flag = "--" + f.name.replace("_", "-")
+        kind, more = type(f.default), dict(default=None, help=text.replace("%", "%%"))
         if m["part"] is Path:
-            group.add_argument(flag, nargs="*", metavar="FILE", help=text)
-        elif isinstance(f.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction if by_data else "store_true",
-                               default=None, help=text.replace("%", "%%"))
+            more |= dict(nargs="*", metavar="FILE")
+        elif kind is bool:
+            more |= dict(action=argparse.BooleanOptionalAction if by_data else "store_true")
         else:
-            kind = type(f.default)
-            group.add_argument(flag, type=_read(kind, f) if kind is not str else str, default=None, help=text.replace("%", "%%"),
-                               choices=m["choices"], metavar=None if m["choices"] else
-                               {int: "N", float: "X", tuple: "A,B", str: "TEXT"}[kind])
+            more |= dict(type=_read(f) if kind is not str else str, choices=m["choices"])
+            more |= {} if m["choices"] else dict(metavar={int: "N", float: "X", tuple: "A,B", str: "TEXT"}[kind])
+        group.add_argument(_flag(f.name), **more)
     c = parser.parse_args()
     c.given = {f.name for f in fields if getattr(c, f.name) is not None}
     c.sample = c.sample or any(f.metadata["acts"] and f.name in c.given for f in fields)
@@ -152,8 +147,7 @@ def parse(method, Config, recipes, doc):
         raise SystemExit(0)
     for f in fields:
         if f.name in c.given and not set(f.metadata["use"].split()) & set(actions):
-            stop(f"--{f.name.replace('_', '-')} does nothing here: it belongs to "
-                 + " or ".join(f"--{u}" for u in f.metadata["use"].split()))
+            stop(f"{_flag(f.name)} does nothing here: it belongs to " + " or ".join(f"--{u}" for u in f.metadata["use"].split()))
     c.data = "digits" if c.data is None else c.data
     if c.data not in NAMED and not Path(c.data).exists():
         stop(f"--data {c.data}: no such file or folder, and no data set of that name ({', '.join(NAMED)})")
@@ -188,6 +182,10 @@ def parse(method, Config, recipes, doc):
     c.precision = pick_precision(c.precision, c.device)
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))  # Run takes it over while it trains
     return c
+
+
+def _flag(field):
+    return "--" + field.replace("_", "-")
 
 
 def _text(value):
@@ -448,12 +446,12 @@ def trained(c, methods=None):
 def load_data(c, split="train"):
     """The data set that the flags name; ends the program with one line where it cannot be had."""
     from common.data import load
-    if dist.is_initialized() and rank() != 0:
-        dist.barrier()  # rank 0 fetches and caches first
-    with inputs():
-        data = load(c.data, c.data_root, c.size or None, c.classes or None, split)
-    if dist.is_initialized() and rank() == 0:
-        dist.barrier()
+    for turn in (0, 1):  # rank 0 fetches and caches first
+        if turn == min(rank(), 1):
+            with inputs():
+                data = load(c.data, c.data_root, c.size or None, c.classes or None, split)
+        if dist.is_initialized():
+            dist.barrier()
     return data
 
 
@@ -640,30 +638,25 @@ def progress(steps, what):
     return tqdm(steps, desc=what, leave=False, disable=rank() != 0 or not sys.stderr.isatty())
 
 
-def chunks(n, size=256):
-    """(first, how many) of each batch of n samples."""
-    return [(first, min(size, n - first)) for first in range(0, n, size)]
-
-
 class Stopwatch:
-    """Times batches of samples; the accelerator's queue is emptied before each reading."""
+    """`for first, size in watch.batches(n):` counts off n samples and times each batch, the accelerator's queue emptied."""
 
     def __init__(self, device):
         self.device, self.laps = device, []
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.last = self._now()
 
     def _now(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
-    def lap(self, n):
-        """A batch of n samples is done."""
-        now = self._now()
-        self.laps.append((n, now - self.last))
-        self.last = now
+    def batches(self, n, size=256):
+        """(first, how many) of each batch; what the loop's body does with it is timed."""
+        for first in range(0, n, size):
+            start, many = self._now(), min(size, n - first)
+            yield first, many
+            self.laps.append((many, self._now() - start))
 
     def ms(self):
         """Milliseconds per image: the median of the batches after the first, which warms up (of the first if it is alone)."""
