@@ -24,7 +24,7 @@ Bytes per element of s bytes (state x: 4 bytes); in eager PyTorch each operator 
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.noise import FLOATS, QUADS, check_rng, grid, randn, rng_args, triton
+from kernels.noise import FLOATS, QUADS, WARPS, check_rng, grid, randn, rng_args, triton
 
 if triton is not None:  # kernels.noise decides: where Triton can be of use
     import triton.language as tl
@@ -101,7 +101,7 @@ if triton is not None:
         x_ptr, x_b, x_c, x_p,  # (B, C, spatial) uint8 or float, and its strides
         a_ptr, s_ptr,  # (B,) float32
         flip_ptr,  # (B,) uint8, or None
-        y_ptr, eps_ptr,  # (B, C, spatial) out: x_t and eps, float, of equal strides
+        y_ptr, eps_ptr,  # (B, C, spatial) out: x_t, and eps or None, float, of equal strides
         y_b, y_c, y_p,
         size,  # elements of a sample: C * spatial
         seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream,  # see noise.normals
@@ -117,10 +117,12 @@ if triton is not None:
         x = _load(x_ptr, source, mask, b, x_b, x_c, x_p, SPATIAL)
         if x_ptr.dtype.element_ty == tl.uint8:
             x = x * 0.00784313725490196 - 1.0  # / 127.5
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS)
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS,
+                    y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(a_ptr + b) * x + tl.load(s_ptr + b) * n
         _store(y_ptr, y, e, mask, b, y_b, y_c, y_p, SPATIAL)
-        _store(eps_ptr, n, e, mask, b, y_b, y_c, y_p, SPATIAL)
+        if eps_ptr is not None:
+            _store(eps_ptr, n, e, mask, b, y_b, y_c, y_p, SPATIAL)
 
     @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream"])
     def _denoise_kernel(
@@ -148,13 +150,15 @@ if triton is not None:
                 guide = tl.load(guide_ptr + b)
             o = u + guide * (o - u)
         x0 = tl.load(row) * x + tl.load(row + 1) * o
-        if CLIP:  # written so that a NaN stays one
-            x0 = tl.where(x0 < -1.0, -1.0, tl.where(x0 > 1.0, 1.0, x0))
+        if CLIP:  # a NaN stays one
+            x0 = tl.maximum(x0, -1.0, propagate_nan=tl.PropagateNan.ALL)
+            x0 = tl.minimum(x0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         if std_ptr is not None:
             scale = _load(std_ptr, e, mask, b, std_b, std_c, std_p, SPATIAL)
         else:
             scale = tl.load(row + 4)
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS)
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS,
+                    y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(row + 2) * x + tl.load(row + 3) * x0 + scale * n
         _store(y_ptr, y, e, mask, b, y_b, y_c, y_p, SPATIAL)
         if x0_ptr is not None:
@@ -255,14 +259,14 @@ def _coef_args(coef, guidance):
 
 
 def _add_noise_triton(x0, a, s, rng, flip, x_t, eps):
-    """Fill x_t and eps, which have equal strides. rng: what `noise.check_rng` returned."""
+    """Fill x_t and eps (or None), which have equal strides. rng: what `noise.check_rng` returned."""
     x, y = _view(x0), _view(x_t)
     size, spatial = _sizes(x, y)
     flip, width = (None, 1) if flip is None else (flip.contiguous().view(torch.uint8), x0.shape[-1])
     with torch.cuda.device_of(x0):
         _add_noise_kernel[grid(x0.shape[0], size)](
             *x, a.float().contiguous(), s.float().contiguous(), flip, x_t, eps, *y[1:], size,
-            **rng_args(*rng), WIDTH=width, SPATIAL=spatial, num_warps=4)
+            **rng_args(*rng), WIDTH=width, SPATIAL=spatial, num_warps=WARPS)
 
 
 def _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0):
@@ -272,7 +276,7 @@ def _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0):
     with torch.cuda.device_of(x):
         _denoise_kernel[grid(x.shape[0], size)](
             *sum(reads, ()), *_coef_args(coef, guidance), y, x0, *write[1:], size,
-            **rng_args(*rng), CLIP=clip, SPATIAL=spatial, num_warps=4)
+            **rng_args(*rng), CLIP=clip, SPATIAL=spatial, num_warps=WARPS)
 
 
 def _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, clip, guided, dx, do, du):
@@ -282,16 +286,17 @@ def _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, clip, gui
     with torch.cuda.device_of(g):
         _denoise_backward_kernel[grid(g.shape[0], size)](
             *sum(views[:5], ()), *_coef_args(coef, guidance), *sum(views[5:], ()), size,
-            TILE=4 * QUADS, CLIP=clip, GUIDED=guided, SPATIAL=spatial, num_warps=4)
+            TILE=4 * QUADS, CLIP=clip, GUIDED=guided, SPATIAL=spatial, num_warps=WARPS)
 
 
 class _AddNoise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x0, a, s, rng, flip):
-        x_t, eps = _like(x0), _like(x0)
+    def forward(ctx, x0, a, s, rng, flip, want_eps):
+        x_t, eps = _like(x0), _like(x0) if want_eps else None
         _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
         ctx.save_for_backward(a, flip)
-        ctx.mark_non_differentiable(eps)
+        if want_eps:
+            ctx.mark_non_differentiable(eps)
         return x_t, eps
 
     @staticmethod
@@ -300,7 +305,7 @@ class _AddNoise(torch.autograd.Function):
         dx = (g * _per_row(a, g, torch.float32)).to(g.dtype)
         if flip is not None:
             dx = _mirror(dx, flip)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class _DenoiseStep(torch.autograd.Function):
@@ -353,12 +358,12 @@ def _grad(*tensors):
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
-def add_noise(x0, a, s, seed, sample=0, step=0, stream=0, *, flip=None):
+def add_noise(x0, a, s, seed, sample=0, step=0, stream=0, *, flip=None, return_eps=True):
     """(x_t, eps): x_t = a x0 + s eps with eps = `noise.randn` of (seed, stream, step, sample, element).
 
     x0: (B, ...) float32, bfloat16, float16, float64, or uint8 (scaled: x0 / 127.5 - 1); any memory layout.
     a, s: (B,) float. flip: bool (B,) or None; the last axis of those rows is mirrored, in x0 only.
-    seed, sample, step, stream: as in `noise.randn`.
+    seed, sample, step, stream: as in `noise.randn`. return_eps=False: x_t alone, and eps is never written.
     Both results: x0's shape and type (float32 for uint8), computed in float32 and rounded once.
     Differentiable in float x0, a and s; eps is a constant. ValueError on a wrong type, shape or device.
     """
@@ -373,13 +378,15 @@ def add_noise(x0, a, s, seed, sample=0, step=0, stream=0, *, flip=None):
     rng = check_rng(rows, seed, sample, step, stream, x0.device)
     if _fused(x0) and not _grad(a, s):
         if _grad(x0):
-            return _AddNoise.apply(x0, a, s, rng, flip)
-        dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-        x_t, eps = _like(x0, dtype), _like(x0, dtype)
-        _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
-        return x_t, eps
-    work = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    return _add_noise_plain(x0, a, s, randn(x0.shape, *rng, dtype=work, device=x0.device), flip)
+            x_t, eps = _AddNoise.apply(x0, a, s, rng, flip, return_eps)
+        else:
+            dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
+            x_t, eps = _like(x0, dtype), _like(x0, dtype) if return_eps else None
+            _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
+    else:
+        work = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        x_t, eps = _add_noise_plain(x0, a, s, randn(x0.shape, *rng, dtype=work, device=x0.device), flip)
+    return (x_t, eps) if return_eps else x_t
 
 
 def denoise_step(x, out, coef, seed=0, sample=0, step=0, stream=0, *, out_uncond=None, guidance=1.0,

@@ -59,15 +59,18 @@ GATES = {
     "parameters_kernel nchw large": ("", "", 56, None),
     "parameters_kernel last large": ("", "", 56, None),
     "parameters_kernel odd": ("", "", 56, None),
-    "randn_kernel ints": ("", "e", 32, 39),
-    "randn_kernel tensors": ("", "e", 32, 40),
-    "add_noise_kernel uint8 flipped": ("", "44", 40, 52),
-    "add_noise_kernel float": ("e", "ee", 40, 47),
-    "add_noise_kernel last": ("", "", 64, 96),
-    "denoise_kernel plain": ("4e", "4", 48, 60),
-    "denoise_kernel guided": ("4ee4", "44", 56, 70),
-    "denoise_kernel clipped": ("4e", "4", 48, 60),
-    "denoise_backward_kernel clipped": ("44e", "e", 40, 20),
+    "randn_kernel ints fp32": ("", "e", 40, 30),
+    "randn_kernel ints": ("", "e", 40, 31),
+    "randn_kernel tensors": ("", "e", 44, 31),
+    "add_noise_kernel uint8 flipped": ("", "44", 48, 41),
+    "add_noise_kernel uint8 alone": ("", "4", 48, 41),
+    "add_noise_kernel float": ("e", "ee", 48, 37),
+    "add_noise_kernel last": ("", "", 104, 64),
+    "denoise_kernel plain": ("4e", "4", 64, 42),
+    "denoise_kernel guided": ("4ee4", "44", 80, 54),
+    "denoise_kernel clipped": ("4e", "4", 64, 44),
+    "denoise_kernel mixed": ("4", "4", 78, 54),
+    "denoise_backward_kernel clipped": ("44e", "e", 40, 15),
 }
 
 
@@ -118,11 +121,13 @@ def cases(dtype):
     take("ints", lambda: noise._randn_triton(noises, 5, 0, 0, 0))
     take("tensors", lambda: noise._randn_triton(noises, seed, torch.arange(2), step, 2))
     take("uint8 flipped", lambda: diffuse.add_noise(images, a, a, 5, flip=a > 0.5))
+    take("uint8 alone", lambda: diffuse.add_noise(images, a, a, 5, return_eps=False))
     take("float", lambda: diffuse.add_noise(out, a, a, seed, step=step))
     take("last", lambda: diffuse.add_noise(last, a, a, 5))
     take("plain", lambda: diffuse.denoise_step(state, out, coef, 5, step=3))
     take("guided", lambda: diffuse.denoise_step(state, out, coef, seed, step=step, out_uncond=out.clone(),
                                                 guidance=2.0, clip=True, std=state, return_x0=True))
+    take("mixed", lambda: diffuse.denoise_step(state, last, coef, seed, step=step, clip=True))  # as a U-Net leaves it
     out.requires_grad_()
     take("clipped", lambda: diffuse.denoise_step(state, out, coef, 5, clip=True).backward(state))
 
@@ -180,7 +185,7 @@ def read_amd(text):
 
 def check(name, target, dtype, arguments, options, got):
     """The complaints about one compiled kernel, [] if it passes."""
-    read, written, registers, per_value = GATES[name]
+    read, written, registers, per_value = GATES.get(f"{name} {dtype}", GATES[name])
     problems = [f"{key} = {got[key]}" for key in ("memory", "spills") if got[key]]
     nvidia = TARGETS[target].backend == "cuda"
     if got["registers"] > (registers if nvidia else 128):
@@ -194,7 +199,8 @@ def check(name, target, dtype, arguments, options, got):
             need = sum(values * size[s] // 16 for s in streams)
             if got[key] < need:
                 problems.append(f"128-bit {key} under {need}")
-        if per_value and got["instructions"] > per_value * values:
+        slack = 1 if triton.__version__ >= "3.7" else 1.15  # the table is of Triton 3.7
+        if per_value and got["instructions"] > slack * per_value * values:
             problems.append(f"instructions over {per_value} x {values}")
     return problems
 

@@ -1,16 +1,12 @@
 """Checks of the Triton kernels of noise.py and diffuse.py without a GPU; the tests start this as a program.
 
     TRITON_INTERPRET=1 python tests/interp_noise_diffuse.py noise|diffuse    interpreted, against float64
-    python tests/interp_noise_diffuse.py compile noise|diffuse               ahead of time, machine code read
 
-Each needs a process of its own: Triton reads TRITON_INTERPRET once, and the kernels exist only where Triton
-was imported first. `normals` is the float64 reference of the other tests, too.
+It needs a process of its own: Triton reads TRITON_INTERPRET once. `normals` is the float64 reference of the
+other tests, too.
 """
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +102,11 @@ def interpret_noise():
     noise._randn_triton(y, torch.tensor(-5), sample, torch.tensor(2 ** 31 + 1), 8)
     close(y, normals(y.shape, -5, sample, 2 ** 31 + 1, 8))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        y = torch.empty(2, 3, 64, 64, dtype=dtype)
+        y = torch.empty(2, 3, *((128, 128) if dtype == torch.float32 else (64, 64)), dtype=dtype)
         noise._randn_triton(y, 1, 0, 0, 0)
         close(y, noise.randn(y.shape, 1, dtype=dtype), dtype, f"twin {dtype}")
         if dtype == torch.float32:  # the smallest normals, too, are right in proportion
-            torch.testing.assert_close(y.double(), normals(y.shape, 1, 0, 0, 0), rtol=2e-6, atol=0)
+            torch.testing.assert_close(y.double(), normals(y.shape, 1, 0, 0, 0), rtol=5e-6, atol=0)
 
 
 def interpret_diffuse():
@@ -205,104 +201,15 @@ def interpret_diffuse():
             for p, q in zip(got, want):
                 torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     a, s, flip = torch.rand(2), torch.rand(2), torch.tensor([True, False])
-    v = diffuse._AddNoise.apply(x, a, s, rng, flip), diffuse.add_noise(x, a, s, *rng, flip=flip)
+    v = diffuse._AddNoise.apply(x, a, s, rng, flip, True), diffuse.add_noise(x, a, s, *rng, flip=flip)
     assert v[0][0].stride() == x.stride() and not v[0][1].requires_grad
     close(v[0][0], v[1][0]), close(v[0][1], v[1][1])
     torch.testing.assert_close(*(torch.autograd.grad((x_t ** 2).sum(), x)[0] for x_t, _ in v))
 
 
-# ------------------------------------------------------------------------------------------ ahead of time
-
-# Ceilings, set just above what Triton 3.6 and 3.7 give: registers, and instructions per element on sm_90.
-CEILINGS = {
-    "randn fp32":               (40, 37), "randn bf16": (40, 40), "randn fp16": (40, 40),
-    "add_noise fp32":           (40, 43), "add_noise bf16": (40, 47), "add_noise u8 flip": (48, 51),
-    "denoise fp32":             (48, 53), "denoise bf16 guided": (56, 68), "denoise bf16 strided": (64, 104),
-    "backward bf16 guided":     (48, 37),
-}
-NARROW = {"add_noise u8 flip": "LDG", "denoise bf16 strided": "LDG STG"}  # gathers, by their nature
-
-
-def variant(name):
-    """(kernel, types of its run-time arguments, constants) of one row of CEILINGS."""
-    from kernels import diffuse, noise
-    kernel, kind = name.split()[:2]
-    rng = dict.fromkeys(("seed_ptr", "sample_ptr", "step_ptr"), "*i64")
-    fn = {"randn": noise._randn_kernel, "add_noise": diffuse._add_noise_kernel,
-          "denoise": diffuse._denoise_kernel, "backward": diffuse._denoise_backward_kernel}[kernel]
-    floats = {"randn": ("y",), "add_noise": ("x", "y", "eps"), "denoise": ("out", "unc", "std"),
-              "backward": ("out", "unc", "do", "du")}[kernel]
-    types = {f"{p}_ptr": f"*{kind}" for p in floats} | rng | {"flip_ptr": "*u8", "guide": "fp32"}
-    if kind == "u8":
-        types |= {"y_ptr": "*fp32", "eps_ptr": "*fp32"}
-    constants = dict(QUADS=noise.QUADS, TILE=4 * noise.QUADS, WIDTH=32, SPATIAL=1024 * ("strided" in name),
-                     CLIP=True, GUIDED=True, guide_ptr=None, h_ptr=None)
-    if "flip" not in name:
-        constants["flip_ptr"] = None
-    if "strided" not in name:
-        constants |= dict.fromkeys(("std_ptr", "x0_ptr"))
-        if "guided" not in name:
-            constants["unc_ptr"] = None
-    return fn, types, constants
-
-
-def compile_variant(name, target):
-    import triton
-    fn, types, constants = variant(name)
-    at = {n: i for i, n in enumerate(fn.arg_names)}
-    # Pointers that no row of `types` names hold the state: float32. Plain numbers are i32.
-    types = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "i32")
-             for n in fn.arg_names if n not in constants}
-    constants = {(at[n],): v for n, v in constants.items() if n in at}
-    signature = {n: types.get(n, "constexpr") for n in fn.arg_names}
-    aligned = [n for n in types if types[n][0] == "*" or n == "size" or n.endswith("_b")]
-    source = triton.compiler.ASTSource(fn, signature=signature, constexprs=constants,
-                                       attrs={(at[n],): [["tt.divisibility", 16]] for n in aligned})
-    return triton.compile(source, target=target, options={"num_warps": 4})
-
-
-def check_machine_code(kind):
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from kernels.noise import QUADS
-    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for name, (registers, instructions) in CEILINGS.items():
-        if name.startswith("randn") != (kind == "noise"):
-            continue
-        kernel = compile_variant(name, GPUTarget("hip", "gfx942", 64))
-        assembly = kernel.asm["amdgcn"]
-        for field in ("private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count"):
-            assert re.search(rf"\.{field}: +0\b", assembly), f"{name} on gfx942: {field}"
-        for capability in (80, 90, 100) if dump.exists() else ():
-            kernel = compile_variant(name, GPUTarget("cuda", capability, 32))
-            with tempfile.TemporaryDirectory() as folder:
-                cubin = Path(folder, "kernel.cubin")
-                cubin.write_bytes(kernel.asm["cubin"])
-                text = subprocess.run([dump, "--dump-resource-usage", "--dump-sass", cubin], check=True,
-                                      text=True, capture_output=True).stdout
-            code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", text, re.M)
-            count = sum(op != "NOP" for op in code) / (4 * QUADS // 128)  # 128 threads a program
-            used = int(re.search(r"REG:(\d+)", text)[1])
-            what = f"{name} on sm_{capability}: {used} registers, {count:.1f} instructions per element"
-            print(what)
-            assert "STACK:0 " in text and "LOCAL:0 " in text, what
-            assert not any(op[:3] in ("LDL", "STL") for op in code), what
-            for op in ("LDG", "STG"):
-                wide = any(c.startswith(op) and c.endswith(".128") for c in code)
-                reads = op == "STG" or not name.startswith("randn")
-                assert wide or not reads or op in NARROW.get(name, ""), f"{what}: no 128-bit {op}"
-            assert used <= registers, f"{what}: at most {registers} registers"
-            assert capability != 90 or count <= instructions, f"{what}: at most {instructions}"
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "compile":
-        import triton  # noqa: F401  (imported first: the kernels are then defined without a GPU)
-        check_machine_code(sys.argv[2])
-    else:
-        assert os.environ.get("TRITON_INTERPRET") == "1"
-        with np.errstate(over="ignore"):
-            {"noise": interpret_noise, "diffuse": interpret_diffuse}[sys.argv[1]]()
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    with np.errstate(over="ignore"):
+        {"noise": interpret_noise, "diffuse": interpret_diffuse}[sys.argv[1]]()
     print("ok")

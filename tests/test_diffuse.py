@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from interp_noise_diffuse import normals
-from test_noise import run_program
+from test_noise import interpret
 
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
@@ -51,6 +51,7 @@ def test_add_noise_uint8_and_flip(g):
         x_t, eps = add_noise(x.view(shape), a, s, **RNG)
         torch.testing.assert_close(x_t.double().view(SHAPE), rows(a) * (x.double() / 127.5 - 1)
                                    + rows(s) * eps_of(SHAPE), rtol=1e-6, atol=1e-6)
+    assert torch.equal(add_noise(x, a, s, **RNG, flip=flip, return_eps=False), add_noise(x, a, s, **RNG, flip=flip)[0])
     again, _ = add_noise(x0.float(), one, zero, **RNG, flip=flip)
     torch.testing.assert_close(again.double()[1:], x.double()[1:] / 127.5 - 1, rtol=0, atol=2e-7)
 
@@ -245,11 +246,7 @@ def test_bad_arguments_of_denoise_step(change, word):
 
 
 def test_kernels_in_the_interpreter():
-    run_program("diffuse", interpret=True)
-
-
-def test_kernels_machine_code():
-    run_program("compile", "diffuse", interpret=False)
+    interpret("diffuse")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
