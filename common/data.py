@@ -4,23 +4,20 @@
     test = load("photos.zip", size=64, split="test")             # the split of that name, or a held-out tenth
     x0, label = train.batch(torch.tensor([3, 1, 4]), "cpu")      # (3, C, H, W) in [-1, 1], (3,)
 
-Pictures are read once, cropped, resized and written to <root>/cached/<key>, sorted by split and class, so that a split or a class
-is a slice of one memory-mapped array, and a set larger than memory works. The key holds the size and time of the source: when it
-changes, it is read again.
+Pictures are read once, cropped, resized and written to <root>/cached, sorted by split and class: each is then a slice of one
+memory-mapped array, and a set larger than memory works. A source whose size or time has changed is read again.
 """
+import contextlib
 import dataclasses
 import gzip
 import hashlib
-import http.client
 import io
 import json
-import math
 import os
-import shutil
 import sys
 import tarfile
+import tempfile
 import urllib.request
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -39,12 +36,11 @@ GAUSSIANS_SIGMA = 0.05 / 4.5
 DIGITS = [str(d) for d in range(10)]
 FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
 BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
 # file -> digest of the download, or of what is in it: md5 or sha256 by length. Addresses are tried in turn.
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-OTHERS_LABELS = {"mnist": bytes([9, 0, 0, 3, 0, 2, 7, 2]), "fashion-mnist": bytes([5, 0, 4, 1, 9, 2, 1, 3])}  # how the other's begin
+OTHERS_LABELS = {"mnist": b"\x09\0\0\3\0\2\7\2", "fashion-mnist": b"\5\0\4\1\x09\2\1\3"}  # how the other's begin
 SOURCES = {
     "mnist": (("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
               dict(zip(IDX, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
@@ -88,7 +84,7 @@ def load(name, root="data", size=None, classes=None, split="train", seed=0):
 
     root: where named sets are kept, fetched to and cached; size: side in pixels, default the data's own (digits 16; mnist 32; a
     path: the pictures' own if all are equal, otherwise 64); classes: names to keep, default all; split: train or test, where a
-    source without one holds out a tenth by a fixed seed. seed: of drawn data. ValueError or OSError, one line, says what is wrong.
+    source without one holds out a tenth by a fixed seed. seed: of drawn data. ValueError or OSError of one line for wrong input.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: train or test")
@@ -97,330 +93,243 @@ def load(name, root="data", size=None, classes=None, split="train", seed=0):
     if name in ("swirl", "gaussians"):
         if size or classes:
             raise ValueError(f"--size and --classes are for pictures, and {name} has points")
-        points, labels = (_swirl if name == "swirl" else _gaussians)(split, seed)
-        return Dataset(name, None, points, labels, [], (2,))
-    images, labels, splits, names = _named(name, Path(root), size, seed) if name in SOURCES or name in ("digits", "stacked") else \
-        _path(Path(name), Path(root), size)
-    return _choose(name, images, labels, splits, names, classes, split)
-
-
-def _choose(name, images, labels, splits, names, classes, split):
-    """The part of a cached set, which is sorted by split and class: slices of the array, copied only where they do not touch."""
-    for c in classes or ():
-        if c not in names:
-            raise ValueError(f"--classes {c}: {name} has no such class, but " + (", ".join(names[:20]) or "no classes at all"))
-    wanted = torch.tensor([-1] + [i for i, c in enumerate(names) if classes is None or c in classes])
-    inside = torch.from_numpy(splits == (split == "test")) & torch.isin(labels, wanted[0 if classes is None else 1:])
-    rows = inside.nonzero()[:, 0]
+        points = _points(name, split, seed)
+        return Dataset(name, None, points, torch.full((len(points),), -1), [], (2,))
+    images, labels, splits, names = _source(name, Path(root), size, seed)
+    if unknown := [c for c in classes or () if c not in names]:
+        raise ValueError(f"--classes {unknown[0]}: {name} has no such class, but {', '.join(names[:20]) or 'no classes at all'}")
+    kept = {c: i for i, c in enumerate(c for c in names if classes is None or c in classes)}
+    labels = torch.tensor([kept.get(c, -1) for c in names] + [-1])[labels]  # among the kept; the last is for no label
+    rows = ((splits == (split == "test")) & ((labels >= 0) | (classes is None))).nonzero()[:, 0]
     if not len(rows):
         raise ValueError(f"{name} has no pictures to {split} with" + (f" of {', '.join(classes)}" if classes else ""))
-    touch = int(rows[-1] - rows[0]) + 1 == len(rows)
-    part = images[int(rows[0]):int(rows[-1]) + 1] if touch else images[rows]
-    number = torch.searchsorted(wanted, labels[rows]) - 1  # among the kept classes; -1 stays
-    return Dataset(name, part, None, number, [names[i] for i in wanted[1:]], tuple(images.shape[1:]))
+    first, last = int(rows[0]), int(rows[-1])
+    part = images[first:last + 1] if last - first + 1 == len(rows) else images[rows]  # copied only where classes do not touch
+    return Dataset(name, part, None, labels[rows], list(kept), tuple(images.shape[1:]))
 
 
-# ------------------------------------------------------------------------------------------------------------- cache
+def _source(name, root, size, seed):
+    """Cached (images, labels, splits, names) of the pictures of that name or path."""
+    drawn, path = (size or 16, seed), Path(name).resolve()
+    if name == "digits":
+        return _cached(root, name, drawn, lambda _: (*_draw_digits(*drawn), None, DIGITS))
+    if name == "stacked":
+        return _cached(root, name, drawn, lambda _: _stack(*_source("digits", root, *drawn)[:3], seed))
+    if name in SOURCES:
+        files, base, title, key = _files(name, root), root, name, (size,)
+    elif not path.exists():
+        raise ValueError(f"--data {path}: no such file or folder, nor digits, stacked, swirl, gaussians, " + ", ".join(SOURCES))
+    elif path.is_file() and not path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")):
+        raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
+    else:  # of a folder the pictures alone: the cache itself may lie in it
+        files = [path / f for f, *_ in _walk(path) if _parts(f)] if path.is_dir() else [path]
+        base, title, key = path, path.name.split(".")[0], (str(path), size)
+    stamp = [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    try:
+        return _cached(root, title, (*key, stamp), lambda folder: _read_official(name, files, size) if name in SOURCES else
+                       _read_path(path, folder, size))
+    except (OSError, ValueError):
+        raise
+    except Exception as fault:  # tarfile and zipfile raise many things
+        raise ValueError(f"--data {name}: {files[0]} is damaged ({fault}): replace it, or delete it if it was fetched") from None
 
 
-def _cached(root, key, make):
-    """(images, labels, splits, names) of folder <root>/cached/<key>; make(folder) writes it first where it is missing.
+def _cached(root, name, key, make):
+    """(images, labels, splits, names) of the folder <root>/cached/<name>-<hash of key>, first made where it is missing.
 
-    make leaves images.npy, labels.npy, splits.npy (uint8, 1 for test), sorted by split and class, and classes.json in the folder it
-    is given, which then takes the key as its name: processes that make the same set at once do not disturb each other.
+    make(folder) returns images uint8 (N, C, H, W), labels (-1: none), splits (1: test; None: hold out a tenth) and names. All is
+    written to that temporary folder first and then moved to its place: two that make one set at once do not disturb each other.
     """
     import numpy as np
-    folder = root / "cached" / key
+    folder = root / "cached" / f"{name}-{hashlib.sha256(repr((VERSION, key)).encode()).hexdigest()[:16]}"
     if not (folder / "classes.json").exists():
-        temporary = root / "cached" / f".{uuid.uuid4().hex}-{key}"
-        temporary.mkdir(parents=True)
-        try:
-            make(temporary)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not (folder / "classes.json").exists():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    with warnings.catch_warnings():  # read-only, of which PyTorch warns: a writable map may not be larger than memory
-        warnings.simplefilter("ignore")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            new = Path(temporary, folder.name)
+            new.mkdir()
+            images, labels, splits, names = make(Path(temporary))
+            if splits is None:
+                n = len(labels)
+                splits = np.isin(range(n), np.random.default_rng(0).permutation(n)[:n // 10 or int(n > 1)])
+            order = np.lexsort((labels, splits))
+            with open(new / "images.npy", "wb") as out:  # written, not mapped: a full disk is then an error, not a crash
+                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=images.shape))
+                out.writelines(images[i].tobytes() for i in order)
+            np.save(new / "labels.npy", np.asarray(labels, np.int64)[order])
+            np.save(new / "splits.npy", np.asarray(splits, np.uint8)[order])
+            (new / "classes.json").write_text(json.dumps(names))
+            del images  # Windows removes no file that is mapped
+            with contextlib.suppress(OSError):  # another process was first
+                new.rename(folder)
+    with warnings.catch_warnings(action="ignore"):  # it is read-only: a writable map may not be larger than memory
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="r"))
-    return (images, torch.from_numpy(np.load(folder / "labels.npy")), np.load(folder / "splits.npy"),
-            json.loads((folder / "classes.json").read_text()))
-
-
-def _store(folder, images, labels, splits, names):
-    """Write one cache folder, sorted. images: uint8 array (N, C, H, W), memory-mapped or not."""
-    import numpy as np
-    order = np.lexsort((labels, splits))
-    with open(folder / "images.npy", "wb") as out:  # written, not mapped: a full disk is then an error, not a crash
-        np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=images.shape))
-        for i in order:
-            out.write(images[i].tobytes())
-    np.save(folder / "labels.npy", np.asarray(labels, np.int64)[order])
-    np.save(folder / "splits.npy", np.asarray(splits, np.uint8)[order])
-    (folder / "classes.json").write_text(json.dumps(names))
-
-
-def _hold_out(n):
-    """1 for the tenth of n pictures that is never trained on, chosen by a fixed seed, 0 for the others."""
-    import numpy as np
-    splits = np.zeros(n, np.uint8)
-    splits[np.random.default_rng(0).permutation(n)[:max(1, n // 10)] if n > 1 else []] = 1
-    return splits
-
-
-def _key(*parts):
-    return hashlib.sha256(repr((VERSION, parts)).encode()).hexdigest()[:16]
-
-
-def _stamp(files, base):
-    """What changes when one of the files does."""
-    return [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    labels, splits = (torch.from_numpy(np.load(folder / f"{n}.npy")) for n in ("labels", "splits"))
+    return images, labels, splits, json.loads((folder / "classes.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------- drawn
-
-
 def _draw_digits(size, seed, count=20_000):
-    """count white digits on black, uint8 (count, 1, size, size), and their labels: Pillow's own font, varied in place, size,
-    aspect, angle, slant and weight. Each glyph is drawn a few times as large, put through one affine map, and averaged down.
-    """
+    """Digits of varied place, size, aspect, angle, slant and weight, white on black, uint8 (count, 1, size, size), and labels."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
-    rng, k, weights = np.random.default_rng([seed, size]), size * max(1, min(4, 128 // size)), 8
+    k, weights = size * max(1, min(4, 128 // size)), 8  # each is drawn k high, put through one affine map, and averaged down
+    rng = np.random.default_rng([seed, size])
     font = ImageFont.load_default(size=k)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise ValueError("--data digits needs Pillow with FreeType: reinstall it with pip install --force-reinstall pillow")
     glyphs = []
     for digit in DIGITS:
         for w in range(weights):
             glyph = Image.new("L", (2 * k, 2 * k))
             ImageDraw.Draw(glyph).text((k, k), digit, 255, font=font, anchor="mm", stroke_width=0.04 * k * w / (weights - 1))
             glyphs.append(glyph.crop(glyph.getbbox()))
-
-    def uniform(low, high):
-        return rng.uniform(low, high, count)
     labels = rng.permutation(np.arange(count) % 10)
     which = labels * weights + rng.integers(weights, size=count)
-    extent = np.array([g.size for g in glyphs], float)[which]  # (count, 2): width, height
-    angle, slant = np.deg2rad(uniform(-15, 15)), uniform(-0.25, 0.25)
-    scale_y = uniform(0.6, 0.9) * k / extent[:, 1]
-    scale_x = scale_y * uniform(0.8, 1.2)
+    extent = np.array([g.size for g in glyphs], float)[which, :, None]  # (count, 2, 1): width, height
+    angle, slant = np.deg2rad(rng.uniform(-15, 15, count)), rng.uniform(-0.25, 0.25, count)
+    scale_y = rng.uniform(0.6, 0.9, count) * k / extent[:, 1, 0]
+    scale_x = scale_y * rng.uniform(0.8, 1.2, count)
     cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(count)
     turn = np.array([[cos, -sin], [sin, cos]]).transpose(2, 0, 1)
     to_canvas = turn @ np.array([[scale_x, -slant * scale_y], [zero, scale_y]]).transpose(2, 0, 1)
-    half = (np.abs(to_canvas) @ extent[:, :, None])[..., 0] / 2
-    fit = np.minimum(1, (k / 2) / half.max(1))[:, None]  # never over the edge
-    to_canvas, half = to_canvas * fit[:, :, None], half * fit
-    centre = k / 2 + rng.uniform(-1, 1, (count, 2)) * (k / 2 - half)
-    to_glyph = np.linalg.inv(to_canvas)
-    offset = extent / 2 - (to_glyph @ centre[:, :, None])[..., 0]
-    affine = np.concatenate([to_glyph, offset[:, :, None]], 2).reshape(count, 6).tolist()
-    images = np.empty((count, 1, size, size), np.uint8)
-    for i in range(count):
-        images[i, 0] = np.asarray(glyphs[which[i]].transform((k, k), Image.AFFINE, affine[i], Image.BILINEAR).reduce(k // size))
-    return images, labels
+    half = np.abs(to_canvas) @ extent / 2
+    fit = np.minimum(1, k / 2 / half.max(1, keepdims=True))  # never over the edge
+    centre = k / 2 + rng.uniform(-1, 1, (count, 2, 1)) * (k / 2 - half * fit)
+    to_glyph = np.linalg.inv(to_canvas * fit)
+    affine = np.concatenate([to_glyph, extent / 2 - to_glyph @ centre], 2).reshape(count, 6).tolist()
+    drawn = (glyphs[g].transform((k, k), Image.AFFINE, a, Image.BILINEAR).reduce(k // size) for g, a in zip(which, affine))
+    return np.stack([np.asarray(d) for d in drawn])[:, None], labels
 
 
-def _named(name, root, size, seed):
-    """Cached (images, labels, splits, names) of a named set of pictures."""
+def _stack(digits, labels, splits, seed):
+    """Images, labels, splits and names of 55,000 stacks of three digits; held-out digits make the last 5,000, held-out stacks."""
     import numpy as np
-    from PIL import Image
-    if name == "digits":
-        def make(folder):
-            images, labels = _draw_digits(size or 16, seed)
-            _store(folder, images, labels, _hold_out(len(labels)), DIGITS)
-        return _cached(root, f"digits-{_key(size or 16, seed)}", make)
-
-    if name == "stacked":  # held-out digits make held-out stacks
-        def make(folder):
-            digits, labels, splits, _ = _named("digits", root, size, seed)
-            rng, parts = np.random.default_rng(seed), []
-            for test, count in ((0, 50_000), (1, 5_000)):
-                rows = np.flatnonzero(splits == test)[rng.integers((splits == test).sum(), size=(count, 3))]
-                parts.append((digits[:, 0].numpy()[rows], labels.numpy()[rows] @ [100, 10, 1], np.full(count, test)))
-            _store(folder, *map(np.concatenate, zip(*parts)), [f"{i:03}" for i in range(1000)])
-        return _cached(root, f"stacked-{_key(size or 16, seed)}", make)
-
-    files = _files(name, root)
-
-    def make(folder):
-        read = _read_cifar if name == "cifar10" else _read_idx
-        images, labels, splits = read(files)
-        if size and size != images.shape[-1]:
-            print(f"resizing {name} to {size} x {size}", file=sys.stderr)
-            images = np.stack([_pixels(Image.fromarray(i.transpose(1, 2, 0).squeeze()), size, len(i) == 1) for i in images])
-        _store(folder, images, labels, splits, dict(mnist=DIGITS, cifar10=CIFAR).get(name, FASHION))
-    return _cached(root, f"{name}-{_key(size, _stamp(files, root))}", make)
+    rng, train, test = np.random.default_rng(seed), np.flatnonzero(splits == 0), np.flatnonzero(splits)
+    rows = np.concatenate([part[rng.integers(len(part), size=(n, 3))] for part, n in ((train, 50_000), (test, 5_000))])
+    names = [f"{i:03}" for i in range(1000)]
+    return digits.numpy()[rows, 0], labels.numpy()[rows] @ [100, 10, 1], np.arange(len(rows)) >= 50_000, names
 
 
-def _swirl(split, seed):
-    """1,024 points of a spiral of one and a half turns, with a little noise, in [-1, 1]; the test split is another draw of it."""
+def _points(name, split, seed):
+    """1,024 points of a swirl of one and a half turns, or 20,000 (2,000) of the 25 Gaussians; the test split is another draw."""
     g = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    angle = 1.5 * math.pi * (1 + 2 * torch.rand(1024, generator=g))
-    radius = angle / (4.5 * math.pi) * 0.95
-    points = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + 0.01 * torch.randn(1024, 2, generator=g)
-    return points.clamp(-1, 1), torch.full((1024,), -1)
-
-
-def _gaussians(split, seed):
-    """20,000 points (2,000 held out) of the 25 Gaussians."""
-    g = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    if name == "swirl":
+        angle = 1.5 * torch.pi * (1 + 2 * torch.rand(1024, generator=g))
+        radius = angle / (4.5 * torch.pi) * 0.95
+        points = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + 0.01 * torch.randn(1024, 2, generator=g)
+        return points.clamp(-1, 1)
     n = 2_000 if split == "test" else 20_000
-    means = GAUSSIANS_MEANS[torch.randint(25, (n,), generator=g)]
-    return means + GAUSSIANS_SIGMA * torch.randn(n, 2, generator=g), torch.full((n,), -1)
+    return GAUSSIANS_MEANS[torch.randint(25, (n,), generator=g)] + GAUSSIANS_SIGMA * torch.randn(n, 2, generator=g)
 
 
 # ------------------------------------------------------------------------------------------------- fetched and official
-
-
 def _files(name, root):
-    """The official files of a named set, from root or root/name, fetched if they are in neither."""
-    _, digests, _ = SOURCES[name]
-    found, folders = [], (root / name, root, root / name / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
-    for folder in folders if name == "cifar10" else ():
+    """The official files of a named set, from root/name or root, fetched if they are in neither."""
+    places, ending, found = [root / name, root], ".tar.gz" if name == "cifar10" else ".gz", []
+    for folder in [*places, *(p / "cifar-10-batches-bin" for p in places)] if name == "cifar10" else ():
         if (folder / BATCHES[-1]).is_file():
             return [folder / batch for batch in BATCHES]
-    labels = next((f for f in (root / IDX[1], root / f"{IDX[1]}.gz") if f.is_file()), None)
-    if labels and _head(labels)[8:] == OTHERS_LABELS.get(name):
-        folders = folders[:1]  # MNIST and Fashion-MNIST share their files' names: those in root itself are the other's
-    for stem in digests:
-        ways = [f"{stem}.tar.gz"] if name == "cifar10" else [stem, f"{stem}.gz", stem.replace("-idx", ".idx")]
-        places = [folder / way for folder in folders[:2] for way in ways]
-        found.append(next((p for p in places if p.is_file()), None) or _fetch(name, stem, root / name))
+    if any(_content(f)[8:16] == OTHERS_LABELS.get(name) for f in (root / IDX[1], root / f"{IDX[1]}.gz") if f.is_file()):
+        places.pop()  # MNIST and Fashion-MNIST share their files' names: those in root itself are the other's
+    for stem in SOURCES[name][1]:
+        files = [p / way for p in places for way in (stem, stem + ending, stem.replace("-idx", ".idx"))]
+        found.append(next((f for f in files if f.is_file()), None) or _fetch(name, stem, root / name / (stem + ending)))
     return found
 
 
-def _head(file):
-    """The first 16 bytes of a file, raw or gzip."""
+def _content(file):
+    """What is in a file, raw or gzip; nothing if it is damaged."""
+    content = file.read_bytes()
     try:
-        with gzip.open(file) as f:
-            return f.read(16)
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error):
-        return file.read_bytes()[:16]
+        return b""
 
 
-def _fetch(name, stem, folder):
+def _fetch(name, stem, file):
     """Download one file: a temporary name, checked against its digest, then its own name; the next address where one fails."""
     from tqdm import tqdm
     addresses, digests, what = SOURCES[name]
-    file = f"{stem}.tar.gz" if name == "cifar10" else f"{stem}.gz"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary, faults = folder / f".{os.getpid()}-{file}", []
-    try:
-        for address in addresses:
-            try:
-                with urllib.request.urlopen(address + file, timeout=30) as source, open(temporary, "wb") as out:
-                    total = int(source.headers.get("Content-Length") or 0)
-                    with tqdm(total=total or None, unit="B", unit_scale=True, desc=f"fetching {file}", leave=False,
-                              disable=None) as bar:
-                        while block := source.read(1 << 18):
-                            out.write(block)
-                            bar.update(len(block))
-                    if total and out.tell() != total:
-                        raise ValueError(f"cut at {out.tell()} of {total} bytes")
-                content = temporary.read_bytes()
-                content = gzip.decompress(content) if what == "unpacked" else content
-                if (hashlib.md5 if len(digests[stem]) == 32 else hashlib.sha256)(content).hexdigest() != digests[stem]:
-                    raise ValueError("its digest is wrong")
-                os.replace(temporary, folder / file)
-                return folder / file
-            except (OSError, ValueError, EOFError, zlib.error, http.client.HTTPException) as fault:
-                faults.append(f"{address + file}: {' '.join(str(fault).split())}")  # of one line
-    finally:
-        temporary.unlink(missing_ok=True)
-    raise ValueError(f"could not fetch {file} ({'; '.join(faults)}): put the file into {folder} yourself")
-
-
-def _read_idx(files):
-    """Images (70000, 1, 32, 32), padded with zeros from 28 x 28, labels and splits of the four IDX files."""
-    import numpy as np
-    arrays = []
-    for file in files:
-        content, axes = file.read_bytes(), 3 if "images" in file.name else 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary, faults = file.with_name(f".{os.getpid()}-{file.name}"), []
+    for address in addresses:
         try:
-            content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        except (OSError, EOFError, zlib.error):
-            content = b""
-        shape = np.frombuffer(content[4:4 + 4 * axes], ">u4").tolist() if len(content) >= 4 + 4 * axes else [0]
-        whole = content[:4] == bytes([0, 0, 8, axes]) and len(content) == 4 + 4 * axes + math.prod(shape) and 0 not in shape
-        if not whole or shape[1:] not in ([], [28, 28]):
-            raise ValueError(f"{file} is not an IDX file of 28 x 28 pictures or their labels: delete it, and it is fetched again")
-        arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape))
-    (train, test), (train_labels, test_labels) = arrays[::2], arrays[1::2]
-    if len(train) != len(train_labels) or len(test) != len(test_labels) or max(train_labels.max(), test_labels.max()) > 9:
-        raise ValueError(f"{files[0].parent}: images and labels do not belong together: delete them, and they are fetched again")
-    images = np.pad(np.concatenate([train, test])[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
-    return images, np.concatenate([train_labels, test_labels]).astype(np.int64), np.arange(len(images)) >= len(train)
+            with urllib.request.urlopen(address + file.name, timeout=30) as source, open(temporary, "wb") as out:
+                with tqdm.wrapattr(source, "read", source.length, desc=f"fetching {file.name}", leave=False, disable=None) as f:
+                    out.writelines(iter(lambda: f.read(1 << 18), b""))
+                if source.length:  # what is yet to come
+                    raise ValueError(f"cut at {out.tell()} of {out.tell() + source.length} bytes")
+            content = _content(temporary) if what == "unpacked" else temporary.read_bytes()
+            if hashlib.new("md5" if len(digests[stem]) == 32 else "sha256", content).hexdigest() != digests[stem]:
+                raise ValueError("its digest is wrong")
+            return temporary.replace(file)
+        except Exception as fault:
+            faults.append(f"{address + file.name}: {' '.join(str(fault).split())}")  # of one line
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise ValueError(f"could not fetch {file.name} ({'; '.join(faults)}): put the file into {file.parent} yourself")
 
 
-def _read_cifar(files):
-    """Images (60000, 3, 32, 32), labels and splits, from the binary archive or the six files in it. Nothing is unpacked to disk."""
+def _read_official(name, files, size):
+    """Images, labels, splits, names of CIFAR-10's binary archive or the six files in it, or of IDX files, padded to 32 x 32."""
     import numpy as np
-    found = _walk(files[0]) if len(files) == 1 else ((f.name, 1, f.read_bytes) for f in files if f.is_file())
-    try:
-        parts = {n: read() for name, size, read in found if (n := PurePosixPath(name).name) in BATCHES and 0 < size < LARGEST}
-    except (tarfile.TarError, OSError, EOFError, TypeError):
-        raise ValueError(f"{files[0]} is damaged: delete it, and it is fetched again") from None
-    for n in BATCHES:
-        if not parts.get(n) or len(parts[n]) % 3073:
-            raise ValueError(f"{files[0]}: {n} is missing, or not whole records of 3,073 bytes: delete it, and it is fetched again")
-    records = np.concatenate([np.frombuffer(parts[n], np.uint8).reshape(-1, 3073) for n in BATCHES])
-    if records[:, 0].max() > 9:
-        raise ValueError(f"{files[0]} holds labels above 9: it is not CIFAR-10's binary version")
-    test = np.arange(len(records)) >= len(records) - len(parts[BATCHES[-1]]) // 3073
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64), test
+    from PIL import Image
+    if name == "cifar10":
+        found = _walk(files[0]) if len(files) == 1 else ((f.name, 1, f.read_bytes) for f in files if f.is_file())
+        parts = {n: read() for f, length, read in found if (n := PurePosixPath(f).name) in BATCHES and 0 < length < LARGEST}
+        for n in BATCHES:
+            if not parts.get(n) or len(parts[n]) % 3073 or max(parts[n][::3073]) > 9:
+                raise ValueError(f"{files[0]}: {n} is missing or damaged: delete it to fetch it again")
+        records = np.frombuffer(b"".join(parts[n] for n in BATCHES), np.uint8).reshape(-1, 3073)
+        images, labels, tests = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], len(parts[BATCHES[-1]]) // 3073
+    else:
+        arrays = []
+        for file in files:
+            content, shape = _content(file), (28, 28) if "images" in file.name else ()
+            start = 8 + 4 * len(shape)
+            n, rest = divmod(len(content) - start, int(np.prod(shape)))
+            if n < 1 or rest or content[:start] != np.array([0x801 + len(shape), n, *shape], ">u4").tobytes():
+                raise ValueError(f"{file} is not an IDX file of 28 x 28 pictures or their labels: delete it to fetch it again")
+            arrays.append(np.frombuffer(content, np.uint8, offset=start).reshape(n, *shape))
+        images, labels, tests = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2]), len(arrays[3])
+        if len(images) != len(labels) or len(arrays[2]) != tests or labels.max() > 9:
+            raise ValueError(f"{files[0].parent}: images and labels do not belong together: delete them to fetch them again")
+        images = np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
+    if size and size != 32:
+        print(f"resizing {name} to {size} x {size}", file=sys.stderr)
+        images = np.stack([_pixels(Image.fromarray(i.transpose(1, 2, 0).squeeze()), size, len(i) == 1) for i in images])
+    splits = np.arange(len(labels)) >= len(labels) - tests
+    return images, labels, splits, dict(mnist=DIGITS, cifar10=CIFAR).get(name, FASHION)
 
 
 # ------------------------------------------------------------------------------------------- folders and archives
-
-
-class _Member(tarfile.TarInfo):
-    """A tar entry; a damaged header, or none, is an error, where tarfile takes it for the end."""
-    @classmethod
-    def fromtarfile(cls, archive):
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError:
-            raise tarfile.ReadError(f"cut or damaged at byte {archive.offset}") from None
-
-
 def _walk(path):
-    """(name, size in bytes, open function) of every file in a folder or archive, in a fixed order; links in archives have no size.
-
-    Archives are read as streams, so their files must be read at once, and nothing in them ever touches the disk.
-    """
+    """(name, size, read function) of every file of a folder or archive; to be read at once: nothing is unpacked to disk."""
     if path.is_dir():
         seen = set()  # linked folders are followed, each once: links may make a ring
         for folder, inner, files in os.walk(path, followlinks=True):
-            real = os.path.realpath(folder)
-            inner[:] = [] if real in seen else sorted(inner)
-            for f in () if real in seen else sorted(files):
-                file = Path(folder) / f
+            new = os.path.realpath(folder) not in seen
+            seen.add(os.path.realpath(folder))
+            inner[:] = sorted(inner) if new else []
+            for file in (Path(folder, f) for f in sorted(files) if new):
                 yield file.relative_to(path).as_posix(), file.stat().st_size if file.exists() else 0, file.read_bytes
-            seen.add(real)
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if not info.is_dir():
-                    yield info.filename, info.file_size, lambda: archive.read(info)
+            for info in (i for i in archive.infolist() if not i.is_dir()):
+                yield info.filename, info.file_size, lambda: archive.read(info)
     else:
-        with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
-            for member in archive:
-                if not member.isdir():
-                    yield member.name, member.size if member.isfile() else 0, lambda: archive.extractfile(member).read()
+        with tarfile.open(path, "r|*") as archive:
+            for member in (m for m in archive if not m.isdir()):  # of links, which have no size, nothing is read
+                yield member.name, member.size if member.isfile() else 0, lambda: archive.extractfile(member).read()
+            # tarfile stops at a damaged or missing header too: the end is a block of zeros, and zeros or nothing after it
+            if archive.fileobj.tell() < archive.offset + 512 or archive.fileobj.read(512).strip(b"\0"):
+                raise tarfile.ReadError("a header is damaged or missing")
 
 
-def _is_picture(name):
-    """Has this file a picture's ending, and is no folder of it hidden?"""
+def _parts(name):
+    """The folders and the name of a picture file; nothing where the ending is no picture's or one of them is hidden."""
     from PIL import Image
     parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
-    return Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) in FORMATS and \
-        not any(p.startswith((".", "__MACOSX")) for p in parts)
+    hidden = any(p.startswith((".", "__MACOSX")) for p in parts)
+    return [] if hidden or Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) not in FORMATS else parts
 
 
 def _open(file):
@@ -430,22 +339,17 @@ def _open(file):
 
 
 def _pictures(path, text):
-    """(parts of the name, opened PIL picture or None where it cannot be read) of every file that has a picture's ending."""
+    """(parts of the name, opened PIL picture or None where it cannot be read) of every picture file."""
     from PIL import Image
     from tqdm import tqdm
-    with warnings.catch_warnings(), tqdm(desc=text, unit=" pictures", leave=False, disable=None) as bar:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for name, size, read in _walk(path):
-            if not _is_picture(name):
-                continue
-            bar.update()
-            try:
-                picture = _open(io.BytesIO(read())) if 0 < size < LARGEST else None
-            except tarfile.TarError:
-                raise
-            except Exception:  # damaged files raise anything
-                picture = None
-            yield [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")], picture
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        for name, size, read in tqdm(_walk(path), desc=text, unit=" files", leave=False, disable=None):
+            if parts := _parts(name):
+                try:
+                    picture = _open(io.BytesIO(read())) if 0 < size < LARGEST else None
+                except Exception:  # damaged files raise anything
+                    picture = None
+                yield parts, picture
 
 
 def _pixels(picture, size, grey):
@@ -457,49 +361,21 @@ def _pixels(picture, size, grey):
         values = np.asarray(picture).astype(np.float64)
         scale = 1 / 257 if picture.mode != "F" else 255 if values.max() <= 1 else 1
         picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
-    if picture.mode in ("LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     picture = picture.convert("L" if grey else "RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    if side != size:
-        picture = picture.resize((size, size), Image.BOX if size < side else Image.BICUBIC)
-    array = np.asarray(picture)
-    return array[None] if grey else array.transpose(2, 0, 1)
+    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.BOX if size < side else Image.BICUBIC)
+    return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
 
 
-def _path(path, root, size):
-    """Cached (images, labels, splits, names) of a folder or archive of pictures."""
-    path = path.resolve()
-    if not path.exists():
-        raise ValueError(f"--data {path}: no such file or folder, nor digits, stacked, swirl, gaussians, " + ", ".join(SOURCES))
-    if path.is_file() and not path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")):
-        raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
-    # pictures alone: the cache itself may lie in the folder
-    files = [path / name for name, *_ in _walk(path) if _is_picture(name)] if path.is_dir() else [path]
-    key = _key(str(path), size, _stamp(files, path))
-
-    def make(folder):
-        try:
-            _cache_path(path, folder, size)
-        except (OSError, ValueError):
-            raise
-        except Exception as fault:  # tarfile and zipfile raise many things
-            raise ValueError(f"--data {path}: this archive is damaged ({fault})") from None
-    return _cached(root, f"{path.name.split('.')[0]}-{key}", make)
-
-
-def _cache_path(path, folder, size):
-    """Read the source twice: the headers, to settle size and channels, and then the pixels, straight into the cache."""
+def _read_path(path, folder, size):
+    """Read the source twice: the headers, to settle size and channels, and then the pixels, straight into a file in folder."""
     import numpy as np
-    sides, grey = set(), True
-    for _, picture in _pictures(path, f"looking through {path.name}"):
-        if picture is not None:
-            sides |= set(picture.size)
-            grey &= picture.mode in ("1", "L", "LA", "La", "F") or picture.mode.startswith("I")
+    heads = {(*p.size, p.mode) for _, p in _pictures(path, f"looking through {path.name}") if p}
+    grey = all(mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") for *_, mode in heads)
+    sides = {side for head in heads for side in head[:2]}
     size = size or (sides.pop() if len(sides) == 1 else 64)
     if size < 4:
         raise ValueError(f"--data {path}: pictures of {size} pixels are too small; give --size")
@@ -521,14 +397,12 @@ def _cache_path(path, folder, size):
     while len({p[0] for p in rows}) == 1 and rows[0][0] not in ("train", "test") and (
             all(len(p) > 2 for p in rows) or any(len(p) > 2 and p[1] in ("train", "test") for p in rows)):
         rows = [p[1:] for p in rows]  # a folder around it all
-    given = [p[0] if len(p) > 1 and p[0] in ("train", "test") else None for p in rows]
-    own = [p[-2] if len(p) > 1 + (split is not None) else None for p, split in zip(rows, given)]
-    names = sorted(set(own) - {None})
-    number = {c: i for i, c in enumerate(names)}
-    labels = np.array([number.get(c, -1) for c in own])
-    splits = np.array([split == "test" for split in given]) if "test" in given else _hold_out(len(rows))
-    _store(folder, np.memmap(folder / "raw", np.uint8, "r", shape=(len(rows), 1 if grey else 3, size, size)), labels, splits, names)
-    (folder / "raw").unlink()
+    tops = [p[0] if len(p) > 1 and p[0] in ("train", "test") else "" for p in rows]
+    own = [p[-2] if len(p) > 1 + bool(top) else "" for p, top in zip(rows, tops)]
+    number = {c: i for i, c in enumerate(sorted({*own} - {""}))}
+    images = np.memmap(folder / "raw", np.uint8, "r", shape=(len(rows), 1 if grey else 3, size, size))
+    splits = [top == "test" for top in tops] if "test" in tops else None
+    return images, [number.get(c, -1) for c in own], splits, list(number)
 
 
 def read_pictures(paths, shape):

@@ -166,23 +166,31 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _tiles(x, groups, warps):
-    """Tiles of (BC channels, BP positions) over a group of x: kernel arguments, and how many down and across.
+    """Tiles of BG whole groups, or of BC channels of one, by BP positions: kernel arguments, programs, chunks.
 
-    A group of at most TILE values is one tile; a larger one is cut with the long side along memory. A warp
-    takes 1,024 values, more where that would need over `warps` warps.
+    Groups of at most TILE values are held whole: in channels_last several, for rows of 32 bytes (what memory
+    moves at once) or 64, if they fit and leave 128 programs. A larger group is cut, with the long side along
+    memory. A warp takes 1,024 values, more where that would need over `warps` warps.
     """
     n, c = x.shape[:2]
     per_group, positions, last = c // groups, x.numel() // (n * c), _layout(x) != torch.contiguous_format
-    bc, bp = triton.next_power_of_2(per_group), triton.next_power_of_2(positions)
-    if bc * bp > TILE and last:
+    bc, bp, bg = triton.next_power_of_2(per_group), triton.next_power_of_2(positions), 1
+    whole = bc * bp <= TILE
+    while last and bc == per_group and groups % (2 * bg) == 0 and (n * groups >= 256 * bg or not whole):
+        row, tile = bg * bc * x.element_size(), bg * bc * (bp if whole else 1)
+        if not (row < 64 and tile <= CHUNK // 2 or row < 32 and tile <= TILE // 2):
+            break
+        bg *= 2
+    if not whole and last:
         bc = min(bc, 64)
-        bp = min(bp, CHUNK // bc)
-    elif bc * bp > TILE:
+        bp = min(bp, CHUNK // (bg * bc))
+    elif not whole:
         bp = min(bp, CHUNK)
         bc = min(bc, CHUNK // bp)
-    warps = max(1, min(warps, bc * bp // 1024))
-    return (dict(C=c, G=groups, P=positions, LAST=last, BC=bc, BP=bp, num_warps=warps),
-            (triton.cdiv(per_group, bc), triton.cdiv(positions, bp)))
+    rows, columns = triton.cdiv(per_group, bc), triton.cdiv(positions, bp)
+    warps = max(1, min(warps, bg * bc * bp // 1024))
+    return (dict(C=c, G=groups, P=positions, LAST=last, BG=bg, BC=bc, BP=bp, num_warps=warps),
+            n * groups // bg * rows * columns, rows * columns, columns)
 
 
 def _rows(scale, shift):
@@ -192,27 +200,25 @@ def _rows(scale, shift):
 
 
 def _forward(x, weight, bias, scale, shift, groups, silu, eps):
-    tiles, (rows, columns) = _tiles(x, groups, 8)
-    programs, chunks = x.shape[0] * groups, rows * columns
-    y = torch.empty_like(x)
-    mean, rstd = torch.empty((2, programs), dtype=torch.float32, device=x.device)
+    tiles, programs, chunks, _ = _tiles(x, groups, 8)
+    y, every = torch.empty_like(x), x.shape[0] * groups
+    mean, rstd = torch.empty((2, every), dtype=torch.float32, device=x.device)
     given = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift))
     with torch.cuda.device_of(x):
         if chunks == 1:
             forward_kernel[programs,](x, *given, y, mean, rstd, eps, STAGE=0, SILU=silu, **tiles)
         else:
-            means, m2s = torch.empty((2, programs * chunks), dtype=torch.float32, device=x.device)
-            forward_kernel[programs * chunks,](x, *given, y, means, m2s, eps, STAGE=1, SILU=silu, **tiles)
-            combine_kernel[programs,](means, m2s, mean, rstd, eps, tiles["C"] // groups, tiles["P"], chunks,
+            means, m2s = torch.empty((2, every * chunks), dtype=torch.float32, device=x.device)
+            forward_kernel[programs,](x, *given, y, means, m2s, eps, STAGE=1, SILU=silu, **tiles)
+            combine_kernel[every,](means, m2s, mean, rstd, eps, tiles["C"] // groups, tiles["P"], chunks,
                                       tiles["BC"], tiles["BP"], min(1024, triton.next_power_of_2(chunks)))
-            forward_kernel[programs * chunks,](x, *given, y, mean, rstd, eps, STAGE=2, SILU=silu, **tiles)
+            forward_kernel[programs,](x, *given, y, mean, rstd, eps, STAGE=2, SILU=silu, **tiles)
     return y, mean, rstd
 
 
 def _backward(dy, x, weight, bias, scale, shift, mean, rstd, groups, silu):
-    tiles, (rows, columns) = _tiles(x, groups, 16)
+    tiles, programs, chunks, columns = _tiles(x, groups, 16)
     n, c = x.shape[:2]
-    programs, chunks = n * groups, rows * columns
     dx = torch.empty_like(x)
     given = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift))
     read = (x, dy.contiguous(memory_format=_layout(x)), *given, mean, rstd)
@@ -222,9 +228,9 @@ def _backward(dy, x, weight, bias, scale, shift, mean, rstd, groups, silu):
             backward_kernel[programs,](*read, *sums, dx, n, STAGE=0, SILU=silu, **tiles)
             s1, s2 = sums[:, 0]
         else:
-            backward_kernel[programs * chunks,](*read, *sums, dx, n, STAGE=1, SILU=silu, **tiles)
+            backward_kernel[programs,](*read, *sums, dx, n, STAGE=1, SILU=silu, **tiles)
             s1, s2 = sums.sum(1)
-            backward_kernel[programs * chunks,](*read, s1, s2, dx, n, STAGE=2, SILU=silu, **tiles)
+            backward_kernel[programs,](*read, s1, s2, dx, n, STAGE=2, SILU=silu, **tiles)
         weight, bias, scale, _, row, _ = given
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         dscale = None if scale is None else torch.empty((n, c), dtype=scale.dtype, device=x.device)
@@ -237,24 +243,45 @@ if triton is not None:
 
     @triton.jit
     def tile_of(pid, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
-                BC: tl.constexpr, BP: tl.constexpr):
-        """Where program pid works: group, sample, column of tiles; channels (BC,) and which of them exist;
-        offset of the sample (int64); offsets in the sample (BC, BP) and which of them exist."""
+                BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+        """Where program pid works: its groups among all, (BG,) or one; the sample; the chunk, its column, and how
+        many values of a group it holds; channels (BG * BC,) and which of them exist; offset of the sample (int64);
+        offsets in the sample (BG * BC, BP) and which of them exist."""
         columns = (P + BP - 1) // BP
         chunks = columns * ((C // G + BC - 1) // BC)
-        group, chunk = pid // chunks, pid % chunks
-        row, column = chunk // columns, chunk % columns
-        c = row * BC + tl.arange(0, BC)
+        block, chunk = pid // chunks, pid % chunks
+        row, column, group = chunk // columns, chunk % columns, block
+        if BG > 1:                          # then BC = C / G: there is one row
+            row, group = 0, block * BG + tl.arange(0, BG)
+        sample = block // (G // BG)
+        c = row * BC + tl.arange(0, BG * BC)
         p = column * BP + tl.arange(0, BP)
-        has = c < C // G
+        has = c < C // G * BG
         mask = has[:, None] & (p < P)[None, :]
-        c = (group % G) * (C // G) + c
+        c = block % (G // BG) * (C // G * BG) + c
         if LAST:
             at = p[None, :] * C + c[:, None]
         else:
             at = c[:, None] * P + p[None, :]
-        sample = (group // G).to(tl.int64)
-        return group, sample, column, c, has, sample * (C * P), at, mask
+        count = tl.minimum(C // G - row * BC, BC) * tl.minimum(P - column * BP, BP)
+        sample = sample.to(tl.int64)
+        return group, sample, chunk, column, count, c, has, sample * (C * P), at, mask
+
+    @triton.jit
+    def sum_groups(v, BG: tl.constexpr):
+        """Sums of a tile (BG * BC, ...) over each group: (BG,), or a number where there is one."""
+        if BG == 1:
+            return tl.sum(v)
+        else:                               # rows of a group lie side by side
+            return tl.sum(tl.reshape(v, (BG, v.numel // BG)), 1)
+
+    @triton.jit
+    def per_row(v, BG: tl.constexpr, BC: tl.constexpr):
+        """(BG,) -> (BG * BC, 1), each group's value for all of its channels; a number stays one."""
+        if BG == 1:
+            return v
+        else:
+            return tl.reshape(tl.broadcast_to(v[:, None], (BG, BC)), (BG * BC, 1))
 
     @triton.jit
     def coefficients(w_ptr, b_ptr, s_ptr, t_ptr, s_row, t_row, sample, c, has):
@@ -282,28 +309,28 @@ if triton is not None:
             mean_ptr, rstd_ptr,             # (N * G,) fp32; STAGE 1: mean and sum of squares (N * G, chunks)
             eps, STAGE: tl.constexpr,       # 0: all in one pass; 1: statistics of each chunk; 2: y from them
             SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
-            BC: tl.constexpr, BP: tl.constexpr):
-        pid = tl.program_id(0)
-        group, sample, column, c, has, base, at, mask = tile_of(pid, C, G, P, LAST, BC, BP)
+            BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+        group, sample, chunk, column, count, c, has, base, at, mask = tile_of(
+            tl.program_id(0), C, G, P, LAST, BG, BC, BP)
         x = tl.load(x_ptr + base + at, mask, 0.0).to(tl.float32)
         if STAGE == 2:
             mean = tl.load(mean_ptr + group)
             rstd = tl.load(rstd_ptr + group)
         else:
-            count = tl.sum(mask.to(tl.float32)) if STAGE == 1 else C // G * P
-            mean = tl.sum(x) / count
-            d = tl.where(mask, x - mean, 0.0)
-            m2 = tl.sum(d * d)
+            mean = sum_groups(x, BG) / count
+            d = tl.where(mask, x - per_row(mean, BG, BC), 0.0)
+            m2 = sum_groups(d * d, BG)
             if STAGE == 1:
-                tl.store(mean_ptr + pid, mean)
-                tl.store(rstd_ptr + pid, m2)
+                chunks = (P + BP - 1) // BP * ((C // G + BC - 1) // BC)
+                tl.store(mean_ptr + group * chunks + chunk, mean)
+                tl.store(rstd_ptr + group * chunks + chunk, m2)
             else:
                 rstd = tl.rsqrt(m2 / count + eps)
                 tl.store(mean_ptr + group, mean)
                 tl.store(rstd_ptr + group, rstd)
         if STAGE != 1:
             a, b = coefficients(w_ptr, b_ptr, s_ptr, t_ptr, s_row, t_row, sample, c, has)
-            y = (x - mean) * (rstd * a)[:, None] + b[:, None]
+            y = (x - per_row(mean, BG, BC)) * (per_row(rstd, BG, BC) * a[:, None]) + b[:, None]
             if SILU:
                 y *= sigmoid(y)
             tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), mask)
@@ -342,12 +369,13 @@ if triton is not None:
             dx_ptr,                         # like x
             N, STAGE: tl.constexpr,         # 0: all in one pass; 1: S1, S2 of each chunk; 2: dx from them
             SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
-            BC: tl.constexpr, BP: tl.constexpr):
-        group, sample, column, c, has, base, at, mask = tile_of(tl.program_id(0), C, G, P, LAST, BC, BP)
+            BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+        group, sample, chunk, column, count, c, has, base, at, mask = tile_of(
+            tl.program_id(0), C, G, P, LAST, BG, BC, BP)
         x = tl.load(x_ptr + base + at, mask, 0.0).to(tl.float32)
         dz = tl.load(dy_ptr + base + at, mask, 0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + group)
-        rstd = tl.load(rstd_ptr + group)
+        mean = per_row(tl.load(mean_ptr + group), BG, BC)
+        rstd = per_row(tl.load(rstd_ptr + group), BG, BC)
         a, b = coefficients(w_ptr, b_ptr, s_ptr, t_ptr, s_row, t_row, sample, c, has)
         xhat = (x - mean) * rstd
         if SILU:
@@ -360,15 +388,18 @@ if triton is not None:
             to = (column.to(tl.int64) * N + sample) * C + c
             tl.store(s1_ptr + to, s1, has)
             tl.store(s2_ptr + to, s2, has)
-        if STAGE == 0:
-            mean1 = tl.sum(a * s1) / (C // G * P)
-            mean2 = tl.sum(a * s2) / (C // G * P)
-        if STAGE == 2:                      # a chunk may hold some of the group's channels only
+        if STAGE == 2 and BG > 1:
+            s1 = tl.load(s1_ptr + sample * C + c)
+            s2 = tl.load(s2_ptr + sample * C + c)
+        elif STAGE == 2:                    # a chunk may hold some of the group's channels only
             j = tl.arange(0, triton.next_power_of_2(C // G))
             every = (group % G) * (C // G) + j
-            a_all, _ = coefficients(w_ptr, b_ptr, s_ptr, None, s_row, t_row, sample, every, j < C // G)
-            mean1 = tl.sum(a_all * tl.load(s1_ptr + sample * C + every, j < C // G, 0.0)) / (C // G * P)
-            mean2 = tl.sum(a_all * tl.load(s2_ptr + sample * C + every, j < C // G, 0.0)) / (C // G * P)
+            w, _ = coefficients(w_ptr, b_ptr, s_ptr, None, s_row, t_row, sample, every, j < C // G)
+            mean1 = tl.sum(w * tl.load(s1_ptr + sample * C + every, j < C // G, 0.0)) / (C // G * P)
+            mean2 = tl.sum(w * tl.load(s2_ptr + sample * C + every, j < C // G, 0.0)) / (C // G * P)
+        if STAGE == 0 or STAGE == 2 and BG > 1:
+            mean1 = per_row(sum_groups(a * s1, BG), BG, BC) / (C // G * P)
+            mean2 = per_row(sum_groups(a * s2, BG), BG, BC) / (C // G * P)
         if STAGE != 1:
             dx = (dz * a[:, None] - mean1 - xhat * mean2) * rstd
             tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask)

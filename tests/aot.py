@@ -40,7 +40,7 @@ GATES = {
     "forward_kernel 0 largest": ("e", "e", 144, 19),
     "forward_kernel 0 odd": ("", "", 40, 23),
     "forward_kernel 1 nchw large": ("e", "", 48, 8),
-    "forward_kernel 1 last large": ("e", "", 48, 9),
+    "forward_kernel 1 last large": ("e", "", 56, 9),
     "forward_kernel 2 nchw large": ("e", "e", 48, 16),
     "forward_kernel 2 last large": ("e", "e", 64, 17),
     "combine_kernel nchw large": ("", "", 24, None),
@@ -53,6 +53,15 @@ GATES = {
     "backward_kernel 1 last large": ("ee", "", 88, 31),
     "backward_kernel 2 nchw large": ("ee", "e", 80, 25),
     "backward_kernel 2 last large": ("ee", "e", 80, 27),
+    "forward_kernel 0 groups last": ("e", "e", 72, 23),
+    "forward_kernel 1 groups last large": ("e", "", 56, 9),
+    "forward_kernel 2 groups last large": ("e", "e", 64, 17),
+    "backward_kernel 0 groups last": ("ee", "e", 128, 35),
+    "backward_kernel 1 groups last large": ("ee", "", 88, 30),
+    "backward_kernel 2 groups last large": ("ee", "e", 98, 27),
+    "combine_kernel groups last large": ("", "", 24, None),
+    "parameters_kernel groups last": ("", "", 80, None),
+    "parameters_kernel groups last large": ("", "", 80, None),
     "parameters_kernel nchw": ("", "", 80, None),
     "parameters_kernel last": ("", "", 80, None),
     "parameters_kernel largest": ("", "", 56, None),
@@ -113,6 +122,8 @@ def cases(dtype):
     take("largest", lambda: norm((2, 32, 32, 32), 2))  # a group of TILE values
     take("nchw large", lambda: norm((2, 64, 128, 128), 16))
     take("last large", lambda: norm((2, 128, 64, 64), 8, torch.channels_last))
+    take("groups last", lambda: norm((16, 128, 16, 16), 32, torch.channels_last))
+    take("groups last large", lambda: norm((16, 64, 128, 128), 16, torch.channels_last))
     take("odd", lambda: norm((2, 24, 7, 7), 8, adaptive=False))  # 3 x 49 values: masks everywhere
 
     images, out, state = (torch.zeros(2, 3, 32, 32, dtype=t) for t in (torch.uint8, dtype, torch.float32))
@@ -192,7 +203,7 @@ def check(name, target, dtype, arguments, options, got):
         problems.append(f"registers over {registers if nvidia else 128}")
     if nvidia:
         get = lambda key: arguments.get(key, 0)
-        tile = get("TILE") or 4 * get("QUADS") or get("BC") * get("BP")
+        tile = get("TILE") or 4 * get("QUADS") or get("BG") * get("BC") * get("BP")
         values = tile // (32 * options.get("num_warps", 4))
         size = {"e": DTYPES[dtype].itemsize, "4": 4}
         for key, streams in (("loads", read), ("stores", written)):

@@ -71,19 +71,20 @@ def guarded(*case, **options):
 def main():
     module.torch = Allocator()
     last, last_3d = torch.channels_last, torch.channels_last_3d
-    tried = 0
+    tried, together = 0, set()
     # One tile a group; then TILE and CHUNK so small that the same shapes are split, along both sides.
     for module.TILE, module.CHUNK in ((16384, 8192), (64, 64)):
         for shape, groups, layout in (
                 ((3, 12, 5, 7), 4, None), ((2, 12, 5, 7), 4, last), ((2, 8, 2, 2), 8, last),
                 ((2, 10, 3, 3), 1, None), ((1, 70, 3, 3), 1, last), ((3, 150), 2, None),
                 ((1, 6, 45), 2, None), ((1, 7, 2, 3, 2), 7, last_3d), ((1, 64, 2, 2), 2, None),
-                ((35, 2, 2, 2), 1, None)):
+                ((35, 2, 2, 2), 1, None), ((3, 32, 5, 7), 8, last), ((65, 16, 3, 2), 8, last)):  # the last: groups share tiles
             for dtype, adaptive, silu in ((torch.float32, True, True), (torch.bfloat16, True, True),
                                           (torch.float16, False, False)):
                 if dtype != torch.float32 and shape[0] != 3:
                     continue
                 case = (*inputs(shape, dtype, adaptive, layout=layout or torch.contiguous_format), groups)
+                together.add(module._tiles(case[0], groups, 8)[0]["BG"])
                 exact = gradients(closed_form, *case, dtype=torch.float64, silu=silu)
                 # the interpreter cuts bf16 off instead of rounding: twice the error
                 assert_no_worse(guarded(*case, silu=silu), gradients(eager, *case, silu=silu), exact, dtype,
@@ -115,6 +116,7 @@ def main():
     # Same bits again
     again = [torch.autograd.grad(kernels(given[0], 3, *given[1:]).sum(), given) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again))
+    assert together == {1, 2, 4}, "groups in a tile"
     print(f"{tried} cases right")
 
 

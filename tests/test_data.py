@@ -756,13 +756,14 @@ def test_official_files_that_change_are_read_again(root):
 
 
 def test_two_that_make_one_cache_at_once_do_not_disturb_each_other(tmp_path, root, monkeypatch):
-    source, store, inner = folder(tmp_path / "s", TREE), data._store, []
+    source, read, inner = folder(tmp_path / "s", TREE), data._read_path, []
 
-    def slow(*args):  # the first has all but stored it when a second one starts, and ends before it
-        monkeypatch.setattr(data, "_store", store)
+    def slow(*args):  # the first has read all and stored nothing when a second one starts, and ends before it
+        monkeypatch.setattr(data, "_read_path", read)
+        made = read(*args)
         inner.append(data.load(source, root))
-        store(*args)
-    monkeypatch.setattr(data, "_store", slow)
+        return made
+    monkeypatch.setattr(data, "_read_path", slow)
     outer = data.load(source, root)
     assert torch.equal(outer.images, inner[0].images) and outer.labels.tolist() == inner[0].labels.tolist()
     assert len(everything(root / "cached")) == 5
@@ -789,7 +790,7 @@ def test_a_failure_leaves_no_cache(tmp_path, root, monkeypatch):
 
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data, "_store", full)
+    monkeypatch.setattr(np, "save", full)
     fails(source, root, match="No space left")
     assert everything(root / "cached") == []
     monkeypatch.undo()
