@@ -24,7 +24,7 @@ Bytes per element of s bytes (state x: 4 bytes); in eager PyTorch each operator 
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.noise import FLOATS, QUADS, WARPS, check_rng, grid, randn, rng_args, triton
+from kernels.noise import FLOATS, QUADS, WARPS, check_rng, grid, randn, rng_args, traced, triton
 
 if triton is not None:  # kernels.noise decides: where Triton can be of use
     import triton.language as tl
@@ -351,7 +351,7 @@ def _check(name, t, x, dtypes, shapes):
 
 
 def _fused(x):
-    return x.is_cuda and triton is not None and x.dtype != torch.float64 and x.numel() > 0
+    return x.is_cuda and triton is not None and x.dtype != torch.float64 and x.numel() > 0 and not traced(x)
 
 
 def _grad(*tensors):
@@ -425,7 +425,8 @@ def denoise_step(x, out, coef, seed=0, sample=0, step=0, stream=0, *, out_uncond
             _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0)
     else:
         work = torch.float64 if x.dtype == torch.float64 else torch.float32
-        noisy = std is not None or coef.requires_grad or coef.device.type != "cpu" or bool(coef[..., 4].any())
+        noisy = (std is not None or coef.requires_grad or coef.device.type != "cpu" or traced(coef)
+                 or bool(coef[..., 4].any()))  # what is not seen is not drawn
         eps = randn(x.shape, *rng, dtype=work, device=x.device) if noisy else None
         y, x0 = _denoise_plain(x, out, coef, eps, out_uncond, guidance, clip, std)
     return (y, x0) if return_x0 else y

@@ -51,7 +51,7 @@ WARPS = 2  # 16 elements a thread: what a thread does once (key, addresses) is a
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox-4x32-10 in int64 arithmetic: the specification of the words.
 
-    c0..c3: the counter, ints or int64 tensors that broadcast against each other. k0, k1: the key, ints.
+    c0..c3: the counter, ints or int64 tensors that broadcast against each other. k0, k1: the key, ints or tensors.
     All are taken mod 2^32. Returns four int64 tensors with words in [0, 2^32).
     """
     c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64) & M32 for c in (c0, c1, c2, c3))
@@ -80,20 +80,19 @@ def _box_muller(w0, w1):
 def _randn_plain(rows, size, seed, sample, step, stream, device):
     """(rows, size) float32 normals; arguments as `check_rng` returns them."""
     quads = -(-size // 4)
-    key = int(seed)
     c0 = torch.arange(quads, device=device)
     if not isinstance(sample, torch.Tensor):
         sample = torch.arange(sample, sample + rows, device=device)
-    c1, c2 = sample.view(rows, 1), int(step)
+    c1 = sample.view(rows, 1)
     out = torch.empty(rows, quads, 2, 2, device=device)  # (row, counter, pair, cos or sin)
-    many = max(1, _CHUNK // max(quads, 1))
+    chunk = _CHUNK if device.type == "cpu" and not torch.compiler.is_compiling() else rows * quads
+    many = max(1, chunk // max(quads, 1))
     for b in range(0, rows, many):
-        for q in range(0, quads, _CHUNK):
-            w0, w1, w2, w3 = philox(c0[q:q + _CHUNK], c1[b:b + many], c2, stream, key & M32, key >> 32)
+        for q in range(0, quads, chunk):
+            w0, w1, w2, w3 = philox(c0[q:q + chunk], c1[b:b + many], step, stream, seed & M32, seed >> 32)
             r, cos, sin = _box_muller(torch.stack((w0, w2)), torch.stack((w1, w3)))  # (pair, row, counter)
-            part = out[b:b + many, q:q + _CHUNK].permute(3, 2, 0, 1)
-            torch.mul(r, cos, out=part[0])
-            torch.mul(r, sin, out=part[1])
+            part = out[b:b + many, q:q + chunk].permute(3, 2, 0, 1)
+            part[0], part[1] = cos.mul_(r), sin.mul_(r)
     return out.view(rows, 4 * quads)[:, :size]
 
 
@@ -268,6 +267,11 @@ def check_rng(rows, seed, sample, step, stream, device):
             word("stream", stream, 0, 2 ** 32))
 
 
+def traced(*tensors):
+    """Whether this is no plain run on plain tensors: there a launch cannot be, and the twin, which can be traced, is taken."""
+    return torch.compiler.is_compiling() or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+
+
 def randn(shape, seed, sample=0, step=0, stream=0, *, dtype=torch.float32, device="cpu"):
     """Standard normals of `shape` (B, ...): row b depends on (seed, stream, step, its sample index) only.
 
@@ -286,10 +290,10 @@ def randn(shape, seed, sample=0, step=0, stream=0, *, dtype=torch.float32, devic
     if device.type != "cpu" and device.index is None:
         device = torch.empty(0, device=device).device
     rng = check_rng(shape[0], seed, sample, step, stream, device)
+    y = torch.empty(shape, dtype=dtype, device=device)
     if shape.numel() == 0:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cuda" and triton is not None and dtype != torch.float64:
-        y = torch.empty(shape, dtype=dtype, device=device)
+        return y
+    if device.type == "cuda" and triton is not None and dtype != torch.float64 and not traced(y):
         _randn_triton(y, *rng)
         return y
     # Other accelerators lack parts of int64 arithmetic: the same numbers, made on the CPU and copied.

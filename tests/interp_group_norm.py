@@ -5,9 +5,11 @@ the answer. Outputs and work space start as NaN in such a moat, too: a value not
 outside, is seen.
 """
 import sys
+import warnings
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import group_norm as module  # noqa: E402
@@ -113,6 +115,21 @@ def main():
     x = given[0].detach()
     dx = torch.func.grad(lambda x: kernels(x, 3, *given[1:]).sin().sum())(x)
     torch.testing.assert_close(dx, found[1][0])
+    # As an operator: PyTorch's own checks of it, in one graph, checkpointed
+    module.torch = torch
+    with warnings.catch_warnings(action="ignore"):
+        for case in ((given, 3), (inputs((2, 6, 3, 3), adaptive=False, layout=last)[:5], 2)):
+            x, *others = (v if v is None else v.detach().requires_grad_() for v in case[0])
+            torch.library.opcheck(module.group_norm_op, (x, *others, case[1], True, 1e-5))
+            y, stats = (v.detach() for v in module.group_norm_op(x, *others, case[1], True, 1e-5))
+            plain = [v if v is None else v.detach() for v in (x, *others)]
+            torch.library.opcheck(module.group_norm_backward_op, (torch.ones_like(y), *plain, stats, case[1], True))
+            call = lambda x: module.group_norm_op(2 * x, *others, case[1], True, 1e-5)[0].sin()  # noqa: E731
+            expected = torch.autograd.grad(module.group_norm_torch(2 * x, case[1], *others).sin().sum(), x)
+            for way in (torch.compile(call, fullgraph=True, backend="aot_eager"),
+                        lambda x: torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False)):
+                torch.testing.assert_close(torch.autograd.grad(way(x).sum(), x), expected, rtol=1e-4, atol=1e-5)
+            tried += 1
     # Same bits again
     again = [torch.autograd.grad(kernels(given[0], 3, *given[1:]).sum(), given) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again))

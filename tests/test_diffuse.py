@@ -245,6 +245,20 @@ def test_bad_arguments_of_denoise_step(change, word):
     assert "\n" not in str(error.value)
 
 
+def test_traced_whole_by_torch_compile(g):
+    """One graph, no breaks, seed and step as tensors; what it draws is what a plain run draws."""
+    x, o = torch.randn(2, *SHAPE, generator=g).requires_grad_().unbind()
+    u, a, coef = torch.randint(0, 256, SHAPE, generator=g, dtype=torch.uint8), torch.rand(3, generator=g), torch.randn(5, generator=g)
+    seed, step = torch.tensor(-5), torch.tensor(7)
+    for call in (lambda: add_noise(u, a, 1 - a, seed, 4, step, 1, flip=a > 0.5),
+                 lambda: denoise_step(x, o, coef, seed, 4, step, 1, clip=True, return_x0=True),
+                 lambda: randn(SHAPE, 2 ** 63 + 5, 4, step, dtype=torch.bfloat16)):
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), call())
+    traced, plain = (torch.autograd.grad(f(lambda x: denoise_step(x, 2 * x, coef, seed, clip=True))(x).square().sum(), x)
+                     for f in (lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"), lambda f: f))
+    torch.testing.assert_close(traced, plain)
+
+
 def test_kernels_in_the_interpreter():
     interpret("diffuse")
 
