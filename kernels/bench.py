@@ -1,0 +1,487 @@
+"""python -m kernels.bench: are the kernels right, what do they cost, and how near are they to the memory limit?
+
+With a GPU: every kernel is first compared with its plain-PyTorch twin in float64; then timed, median of cold runs (the L2 cache
+is overwritten before each, inputs are made outside the timer), beside eager PyTorch, torch.compile and, where installed, Liger's
+GroupNorm and diffusers' DDIM step, over every shape of the shipped U-Nets; then training and sampling as a whole. Writes bench.md.
+Without one: the static counts of each kernel (bytes, instructions, registers) for each target, compiled ahead of time. Not timed.
+"""
+import argparse
+import contextlib
+import datetime
+import inspect
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+try:
+    import triton  # before the kernels: then they are defined though there be no GPU
+except ImportError:
+    sys.exit("kernels.bench needs Triton: pip install triton (there is none for macOS and Windows)")
+import torch
+import torch.nn.functional as F
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from common.unet import UNet
+from kernels import diffuse, group_norm, noise
+
+LAST = torch.channels_last
+TARGETS = {"80": GPUTarget("cuda", 80, 32), "90": GPUTarget("cuda", 90, 32),
+           "100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+         torch.int64: "*i64", torch.bool: "*i1"}
+
+
+# ------------------------------------------------------------------------------- machine code, without a GPU
+def recorded(call):
+    """[(kernel, arguments, options)] of the launches that `call` would make on a GPU; outputs stay unset."""
+    launches, jit = [], triton.runtime.jit.JITFunction
+
+    def record(kernel, *args, grid, warmup, **options):
+        named = {k: options.pop(k) for k in list(options) if k in kernel.arg_names}
+        launches.append((kernel, inspect.signature(kernel.fn).bind(*args, **named).arguments, options))
+
+    run, jit.run = jit.run, record
+    torch.Tensor.is_cuda = property(lambda self: True)
+    try:
+        call()
+    finally:
+        jit.run = run
+        del torch.Tensor.is_cuda
+    return launches
+
+
+def cases(dtype):
+    """{name: (kernel, arguments, options)} of each kernel in each of its forms."""
+    found = {}
+
+    def take(case, call):
+        for kernel, arguments, options in recorded(call):
+            stage = [str(arguments["STAGE"])] if "STAGE" in arguments else []
+            found[" ".join([kernel.fn.__name__.strip("_"), *stage, case])] = kernel, arguments, options
+
+    def norm(shape, groups, layout=torch.contiguous_format, adaptive=True):
+        n, c = shape[:2]
+        x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        weight, bias = torch.ones(2, c, requires_grad=True).unbind()
+        scale, shift = torch.zeros(n, 2 * c, dtype=dtype).chunk(2, 1) if adaptive else (None, None)
+        group_norm.group_norm(x, groups, weight, bias, scale, shift).backward(torch.zeros_like(x))
+
+    take("nchw", lambda: norm((2, 128, 32, 32), 32))  # CIFAR-10 at width 128
+    take("last", lambda: norm((2, 256, 16, 16), 32, LAST))
+    take("largest", lambda: norm((2, 32, 32, 32), 2))  # a group of TILE values
+    take("nchw large", lambda: norm((2, 64, 128, 128), 16))
+    take("last large", lambda: norm((2, 128, 64, 64), 8, LAST))
+    take("groups last", lambda: norm((16, 128, 16, 16), 32, LAST))  # several groups in a tile
+    take("groups last large", lambda: norm((16, 64, 128, 128), 16, LAST))
+    take("odd", lambda: norm((2, 24, 7, 7), 8, adaptive=False))  # 3 x 49 values: masks everywhere
+
+    images, out, state = (torch.zeros(2, 3, 32, 32, dtype=t) for t in (torch.uint8, dtype, torch.float32))
+    a, coef, seed, step = torch.rand(2), torch.rand(5), torch.tensor(3), torch.tensor(4)
+    noises, last = torch.empty(2, 3072, dtype=dtype), out.contiguous(memory_format=LAST)
+    take("ints", lambda: noise._randn_triton(noises, 5, 0, 0, 0))
+    take("tensors", lambda: noise._randn_triton(noises, seed, torch.arange(2), step, 2))
+    take("uint8 flipped", lambda: diffuse.add_noise(images, a, a, 5, flip=a > 0.5))
+    take("uint8 alone", lambda: diffuse.add_noise(images, a, a, 5, return_eps=False))
+    take("float", lambda: diffuse.add_noise(out, a, a, seed, step=step))
+    take("last", lambda: diffuse.add_noise(last, a, a, 5))
+    take("plain", lambda: diffuse.denoise_step(state, out, coef, 5, step=3))
+    take("guided", lambda: diffuse.denoise_step(state, out, coef, seed, step=step, out_uncond=out.clone(),
+                                                guidance=2.0, clip=True, std=state, return_x0=True))
+    take("mixed", lambda: diffuse.denoise_step(state, last, coef, seed, step=step, clip=True))  # as a U-Net leaves it
+    out.requires_grad_()
+    take("clipped", lambda: diffuse.denoise_step(state, out, coef, 5, clip=True).backward(state))
+
+    names = {k.fn.__name__ for k, _, _ in found.values()}
+    kernels = {f.fn.__name__ for module in (noise, diffuse, group_norm) for f in vars(module).values()
+               if isinstance(f, triton.runtime.jit.JITFunction) and f.fn.__name__.endswith("_kernel")}
+    assert names == kernels, f"kernels that no case launches: {kernels - names}"
+    return found
+
+
+def source(kernel, arguments):
+    """The ASTSource of Triton's own launcher: None and 1 become constants, multiples of 16 are marked."""
+    signature, constants, attrs = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        kind = type(value)
+        free = param.do_not_specialize
+        if param.is_constexpr or value is None or (kind is int and value == 1 and not free):
+            signature[param.name], constants[i,] = "constexpr", value
+            continue
+        number = value
+        if kind is torch.Tensor:
+            signature[param.name], number = TYPES[value.dtype], value.data_ptr()
+        else:
+            signature[param.name] = {float: "fp32", bool: "u1"}.get(kind, "i32")
+        if kind not in (float, bool) and number % 16 == 0 and not free:
+            attrs[i,] = [["tt.divisibility", 16]]  # without it loads are compiled narrow
+    return ASTSource(kernel, signature, constants, attrs)
+
+
+def machine_code(kernel, arguments, options, target):
+    """What the code compiled for that target holds: registers, bytes of stack and local memory, 128-bit accesses, ..."""
+    # Code that asks for its target (target_info.is_cuda) must hear this one, not "no driver".
+    driver = SimpleNamespace(get_current_target=lambda: TARGETS[target])
+    triton.runtime.driver.set_active(driver)
+    code = triton.compile(source(kernel, arguments), target=TARGETS[target], options=options).asm
+    return read_nvidia(code["cubin"]) if "cubin" in code else read_amd(code["amdgcn"])
+
+
+def read_nvidia(cubin):
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "--dump-resource-usage", "--dump-sass", str(path)], capture_output=True,
+                              text=True, check=True).stdout
+    code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.M)
+    count = lambda test: sum(bool(re.match(test, op)) for op in code)
+    stack, local = (int(re.search(key + r":(\d+)", text)[1]) for key in ("STACK", "LOCAL"))
+    return dict(registers=int(re.search(r"REG:(\d+)", text)[1]), memory=stack + local,
+                spills=count("LDL|STL"), instructions=len(code) - count("NOP|BRA$"),
+                loads=count(r"LDG.*\.128"), stores=count(r"STG.*\.128"))
+
+
+def read_amd(text):
+    number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+    return dict(registers=number("vgpr_count"), memory=number("private_segment_fixed_size"),
+                spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+                instructions=len(re.findall(r"^\s+(?:[sv]|ds|global|buffer)_\w+", text, re.M)),
+                loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+                stores=len(re.findall(r"(?:global|buffer)_store_dwordx4", text)))
+
+
+def tile_per_thread(arguments, options, warp=32):
+    """Values of a program's tile for each of its threads."""
+    get = lambda key: arguments.get(key, 0)
+    tile = get("TILE") or 4 * get("QUADS") or get("BG") * get("BC") * get("BP")
+    return tile // (warp * options.get("num_warps", 4))
+
+
+def static_table(dtypes, targets):
+    """Lines of a table: of every kernel its tensors' bytes for each value of the tile, and what its machine code holds."""
+    lines = [f"Not timed: there is no GPU here. Compiled ahead of time by Triton {triton.__version__}.", "",
+             "| kernel | type | bytes per value | " + " | ".join(f"{t}: registers, instructions per value" for t in targets) + " |",
+             "| --- | --- | --- | " + "--- | " * len(targets)]
+    for dtype in dtypes:
+        for name, (kernel, arguments, options) in cases(DTYPES[dtype]).items():
+            tensors = {t.data_ptr(): t for t in arguments.values() if isinstance(t, torch.Tensor)}.values()
+            values = max(t.numel() for t in tensors)
+            size = sum(t.numel() * t.element_size() for t in tensors) / values
+            cells = []
+            for target in targets:
+                got = machine_code(kernel, arguments, options, target)
+                each = tile_per_thread(arguments, options, 64 if target.startswith("gfx") else 32)
+                per_value = f"{got['instructions'] / each:.1f}" if each and not name.startswith(("comb", "param")) else "-"
+                cells.append(f"{got['registers']}, {per_value}" + (", SPILLS" if got["memory"] or got["spills"] else ""))
+            lines.append(f"| {name} | {dtype} | {size:.1f} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------ timing
+UNETS = {  # the shipped networks, and the batch they train with
+    "digits": (dict(in_channels=1, size=16, width=32, multipliers=(1, 2, 2), blocks=1, attention=()), 64),
+    "cifar10": (dict(in_channels=3, size=32, width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,)), 128),
+    "latent": (dict(in_channels=4, size=32, width=128, multipliers=(1, 2, 2), blocks=2, attention=(16,)), 64),
+    "256": (dict(in_channels=3, size=256, width=64, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,)), 8),
+}
+
+
+def norm_shapes(options, batch):
+    """{(N, C, H, W): groups, adaptive, silu} of every GroupNorm in a U-Net, by running it on tensors without data."""
+    found = {}
+
+    def note(module, args):
+        found.setdefault(tuple(args[0].shape), (module.groups, len(args) > 1, module.silu))
+    with torch.device("meta"):
+        net = UNet(**options)
+        for module in net.modules():
+            if isinstance(module, group_norm.GroupNorm):
+                module.register_forward_pre_hook(note)
+        side = options["size"]
+        net(torch.empty(batch, options["in_channels"], side, side), torch.empty(batch))
+    return found
+
+
+def eager_norm(x, groups, weight, bias, scale, shift, silu):
+    """GroupNorm as most repositories write it."""
+    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype))
+    if scale is not None:
+        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+def eager_add_noise(x0, a, s):
+    x = x0.float() / 127.5 - 1 if x0.dtype == torch.uint8 else x0
+    eps = torch.randn_like(x)
+    return a[:, None, None, None] * x + s[:, None, None, None] * eps, eps
+
+
+def eager_denoise(x, out, coef):
+    p_x, p_out, c_x, c_0, c_n = coef
+    x0 = (p_x * x + p_out * out).clamp(-1, 1)
+    return c_x * x + c_0 * x0 + c_n * torch.randn_like(x)
+
+
+class Clock:
+    """ms of a call, median; on a GPU by its own events with a cold L2 cache, on a CPU by the wall clock."""
+
+    def __init__(self, device, repeats=30):
+        self.device, self.repeats = torch.device(device), repeats
+        self.cuda = self.device.type == "cuda"
+        self.flush = torch.empty(2 ** 28 if self.cuda else 0, dtype=torch.uint8, device=device)
+
+    def ms(self, call, cold=True):
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(self.repeats):
+            if not self.cuda:
+                start = time.perf_counter()
+                call()
+                times.append(1000 * (time.perf_counter() - start))
+                continue
+            if cold:
+                self.flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return statistics.median(times)
+
+
+def copy_speed(clock):
+    """GB/s of a copy, 256 MB read and as many written: what nothing that moves memory can beat by much."""
+    x = torch.empty(2 ** 26 if clock.cuda else 2 ** 22, device=clock.device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / clock.ms(lambda: y.copy_(x)) / 1e6
+
+
+def compare(name, ways, size, clock, copy):
+    """One row: for each way its ms; for the first, ours, GB/s of the fewest bytes and the share of the copy's speed."""
+    ms = {}
+    for way, call in ways.items():
+        try:
+            ms[way] = clock.ms(call)
+        except Exception as fault:
+            print(f"{name}, {way}: {type(fault).__name__} {str(fault).splitlines()[0][:100]}", file=sys.stderr)
+            ms[way] = math.nan
+    ours = ms["ours"]
+    row = dict(name=name, **ms, gbs=size / ours / 1e6, share=size / ours / 1e6 / copy)
+    print(f"{name:58} {ours:8.4f} ms {row['gbs']:7.0f} GB/s {row['share']:5.0%} of copy"
+          + "".join(f"  {way} x{t / ours:.2f}" for way, t in ms.items() if way != "ours"), flush=True)
+    return row
+
+
+def norm_rows(clock, copy, dtypes, unets, compiled=True):
+    """Forward and backward of every GroupNorm shape, both layouts."""
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers.functional import liger_group_norm
+    seen = set()
+    for unet in unets:
+        for shape, (groups, adaptive, silu) in norm_shapes(*UNETS[unet]).items():
+            for dtype in dtypes:
+                for layout in (torch.contiguous_format, LAST):
+                    if (key := (shape, groups, adaptive, silu, dtype, layout)) in seen:
+                        continue
+                    seen.add(key)
+                    n, c = shape[:2]
+                    x = torch.randn(shape, device=clock.device, dtype=dtype).contiguous(memory_format=layout)
+                    weight, bias = torch.ones(2, c, device=clock.device).unbind()
+                    scale, shift = torch.randn(n, 2 * c, device=clock.device, dtype=dtype).chunk(2, 1) if adaptive else (None, None)
+                    given = [v if v is None else v.detach().requires_grad_() for v in (x, weight, bias, scale, shift)]
+                    dy = torch.randn_like(x)
+                    functions = dict(ours=group_norm.group_norm, eager=eager_norm)
+                    if compiled:
+                        functions["compile"] = torch.compile(eager_norm, dynamic=False)
+                    calls, back = {}, {}
+                    for way, f in functions.items():
+                        silu_by_name = dict(silu=silu)
+                        plain = (x, groups, weight, bias, scale, shift)
+                        calls[way] = lambda f=f: f(*plain, **silu_by_name)
+                        try:
+                            y = f(given[0], groups, *given[1:], **silu_by_name)
+                        except Exception:  # told by compare
+                            continue
+                        wanted = [v for v in given if v is not None]
+                        back[way] = lambda y=y, w=wanted: torch.autograd.grad(y, w, dy, retain_graph=True)
+                    if "liger_group_norm" in locals() and not adaptive and not silu and layout is not LAST:
+                        calls["liger"] = lambda: liger_group_norm(x.view(n, c, -1), weight, bias, c, groups, 1e-5)
+                    name = f"{'x'.join(map(str, shape))} /{groups} {str(dtype)[6:]} {'last' if layout is LAST else 'nchw'}"
+                    size = x.numel() * x.element_size()
+                    yield compare(f"group_norm {name}", calls, 2 * size, clock, copy)
+                    yield compare(f"group_norm backward {name}", back, 3 * size, clock, copy)
+
+
+def diffuse_rows(clock, copy, dtypes, compiled=True):
+    """Noise, noising and the update, at the U-Nets' picture sizes and at 256 MB."""
+    shapes = [(batch, u["in_channels"], u["size"], u["size"]) for u, batch in UNETS.values()]
+    for shape in [*shapes, (1024 if clock.cuda else 16, 4, 128, 128)]:
+        a, s = torch.rand(2, shape[0], device=clock.device).unbind()
+        coef = torch.rand(5, device=clock.device)
+        seed, step = torch.tensor(3, device=clock.device), torch.tensor(5, device=clock.device)
+        for dtype in dtypes:
+            x, out = (torch.randn(shape, device=clock.device, dtype=t) for t in (torch.float32, dtype))
+            pixels = torch.randint(0, 256, shape, device=clock.device, dtype=torch.uint8)
+            e, name = dtype.itemsize, f"{'x'.join(map(str, shape))} {str(dtype)[6:]}"
+
+            def versions(ours, eager, *arguments):
+                ways = dict(ours=ours, eager=lambda: eager(*arguments))
+                if compiled:
+                    f = torch.compile(eager, dynamic=False)
+                    ways["compile"] = lambda: f(*arguments)
+                return ways
+
+            yield compare(f"randn {name}", dict(ours=lambda: noise.randn(shape, seed, step=step, dtype=dtype, device=clock.device),
+                                                eager=lambda: torch.randn(shape, dtype=dtype, device=clock.device)),
+                          e * x.numel(), clock, copy)
+            if dtype == torch.float32:
+                yield compare(f"add_noise uint8 {name}", versions(lambda: diffuse.add_noise(pixels, a, s, seed, step=step),
+                                                                  eager_add_noise, pixels, a, s), 9 * x.numel(), clock, copy)
+            yield compare(f"add_noise {name}", versions(lambda: diffuse.add_noise(out, a.to(dtype), s.to(dtype), seed, step=step),
+                                                        eager_add_noise, out, a.to(dtype), s.to(dtype)), 3 * e * x.numel(), clock, copy)
+            ways = versions(lambda: diffuse.denoise_step(x, out, coef, seed, step=step, clip=True), eager_denoise, x, out, coef)
+            with contextlib.suppress(ImportError):
+                from diffusers import DDIMScheduler
+                scheduler = DDIMScheduler()
+                scheduler.set_timesteps(50)
+                ways["diffusers"] = lambda: scheduler.step(out.float(), 500, x, eta=1.0)
+            yield compare(f"denoise_step {name}", ways, (8 + e) * x.numel(), clock, copy)
+
+
+def whole_rows(clock, unet="cifar10", batches=(16, 256)):
+    """Images per second of training and of sampling: the kernels, and the same loop written with eager PyTorch."""
+    options, _ = UNETS[unet]
+    shape = (options["in_channels"], options["size"], options["size"])
+    precision = torch.bfloat16 if clock.cuda else torch.float32
+
+    def network(plain):
+        torch.manual_seed(0)
+        net = UNet(**options).to(clock.device).to(memory_format=LAST)
+        for module in net.modules() if plain else ():
+            if isinstance(module, group_norm.GroupNorm):
+                module.forward = lambda x, scale=None, shift=None, m=module: eager_norm(
+                    x, m.groups, m.weight, m.bias, scale, shift, m.silu)
+        return net
+
+    for batch in batches:
+        a, s = torch.rand(2, batch, device=clock.device).unbind()
+        coef, t = torch.rand(5, device=clock.device), torch.full((batch,), 500.0, device=clock.device)
+        x0 = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=clock.device)
+        x = torch.randn(batch, *shape, device=clock.device)
+        ms = {}
+        for way in ("ours", "eager"):
+            net = network(way == "eager")
+            optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=clock.cuda)
+
+            def train():
+                x_t, eps = diffuse.add_noise(x0, a, s, 1, step=2) if way == "ours" else eager_add_noise(x0, a, s)
+                with torch.autocast(clock.device.type, precision, enabled=clock.cuda):
+                    out = net(x_t, t)
+                optimizer.zero_grad(set_to_none=True)
+                (out.float() - eps).square().mean().backward()
+                optimizer.step()
+
+            seed, i = torch.tensor(3, device=clock.device), torch.tensor(5, device=clock.device)
+
+            @torch.no_grad()
+            def sample():
+                with torch.autocast(clock.device.type, precision, enabled=clock.cuda):
+                    out = net(x, t)
+                return diffuse.denoise_step(x, out, coef, seed, step=i, clip=True) if way == "ours" else eager_denoise(x, out, coef)
+
+            ms[way, "training"] = clock.ms(train, cold=False)
+            ms[way, "sampling"] = clock.ms(sample, cold=False)
+            if way == "ours" and clock.cuda:
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    sample()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    sample()
+                ms["captured", "sampling"] = clock.ms(graph.replay, cold=False)
+        for (way, what), took in ms.items():
+            ratio = f", x{ms['eager', what] / took:.2f} of eager PyTorch" if way != "eager" else ""
+            line = f"{what} {unet} batch {batch}, {way}: {1000 * batch / took:.0f} images/s, {took:.2f} ms{ratio}"
+            print(line, flush=True)
+            yield line
+
+
+def check(device):
+    """Each kernel against its twin in float64: at most twice the error of the twin in the type itself. AssertionError."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, LAST):
+            for shape, groups in (((3, 32, 16, 16), 8), ((16, 64, 8, 8), 16), ((2, 64, 128, 128), 16), ((2, 24, 7, 5), 8)):
+                n, c = shape[:2]
+                x = (torch.randn(shape, device=device) + 2).to(dtype).contiguous(memory_format=layout)
+                weight, bias, scale, shift = (torch.randn(k, device=device) for k in ((c,), (c,), (n, c), (n, c)))
+                dy, found = torch.randn_like(x), []
+                for f, kind in ((group_norm.group_norm, None), (group_norm.group_norm_torch, None), (group_norm.group_norm_torch, torch.float64)):
+                    given = [v.to(kind or v.dtype).detach().requires_grad_() for v in (x, weight, bias, scale, shift)]
+                    y = f(given[0], groups, *given[1:])
+                    found.append([y, *torch.autograd.grad(y, given, dy.to(y.dtype))])
+                for ours, plain, exact in zip(*found):
+                    floor = torch.finfo(ours.dtype).eps * exact.abs().max()
+                    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor, (shape, dtype, layout)
+        x, out = torch.randn(2, 4, 3, 32, 32, device=device).unbind()
+        coef = torch.tensor([1.1, -0.4, 0.3, 0.6, 0.5], device=device)
+        for clip in (False, True):
+            ours = diffuse.denoise_step(x, out.to(dtype), coef, 7, step=3, clip=clip)
+            exact = diffuse.denoise_step(x.cpu(), out.to(dtype).cpu(), coef.cpu(), 7, step=3, clip=clip)
+            torch.testing.assert_close(ours.cpu(), exact, rtol=1e-5, atol=1e-5)
+        pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device=device)
+        a = torch.rand(4, device=device)
+        for ours, exact in zip(diffuse.add_noise(pixels, a, 1 - a, 7), diffuse.add_noise(pixels.cpu(), a.cpu(), 1 - a.cpu(), 7)):
+            torch.testing.assert_close(ours.cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="fp32,bf16", help="of fp32, bf16, fp16 (default %(default)s)")
+    parser.add_argument("--targets", default="90,100,gfx942", help="without a GPU (default %(default)s)")
+    args = parser.parse_args()
+    dtypes, targets = args.dtypes.split(","), args.targets.split(",")
+    for name, known in [*((d, DTYPES) for d in dtypes), *((t, TARGETS) for t in targets)]:
+        if name not in known:
+            parser.error(f"unknown {name!r}: choose from {', '.join(known)}")
+    path = Path(__file__).with_name("bench.md")
+    versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}, {datetime.date.today()}"
+    if not torch.cuda.is_available():
+        lines = static_table(dtypes, targets)
+        path.with_name("static.md").write_text("\n".join([f"{versions}; `python -m kernels.bench` without a GPU.", "", *lines]) + "\n")
+        return
+    check("cuda")
+    print("right: every kernel within twice plain PyTorch's error against float64")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=path.parent).stdout.strip()
+    clock = Clock("cuda")
+    copy = copy_speed(clock)
+    head = f"{torch.cuda.get_device_name()}, {versions}, commit {commit}; copy {copy:.0f} GB/s"
+    print(head)
+    rows = [*diffuse_rows(clock, copy, [DTYPES[d] for d in dtypes]), *norm_rows(clock, copy, [DTYPES[d] for d in dtypes], UNETS)]
+    ways = ("eager", "compile", "liger", "diffusers")
+    lines = [head, "", "Times of others as multiples of ours: below 1, ours loses.", "",
+             "| | ms | GB/s | share of copy | " + " | ".join(ways) + " |", "| --- | --- | --- | --- | " + "--- | " * len(ways)]
+    lines += [f"| {r['name']} | {r['ours']:.4f} | {r['gbs']:.0f} | {r['share']:.0%} | "
+              + " | ".join(f"{r[w] / r['ours']:.2f}" if w in r else "" for w in ways) + " |" for r in rows]
+    lines += ["", *(f"- {line}" for line in whole_rows(clock))]
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

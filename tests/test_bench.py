@@ -1,0 +1,39 @@
+"""kernels/bench.py without a GPU: its comparison with float64, and every row that it times, on small shapes."""
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    from kernels import bench
+    monkeypatch.setattr(bench, "UNETS", {"tiny": (dict(in_channels=3, size=8, width=8, multipliers=(1, 2), blocks=1, attention=()), 2)})
+    return bench
+
+
+def test_the_shapes_are_those_of_the_network(bench):
+    shapes = bench.norm_shapes(*bench.UNETS["tiny"])
+    assert {(2, 8, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 16, 8, 8)} <= set(shapes)  # with the skips beside them
+    assert shapes[2, 32, 4, 4] == (8, False, True)
+
+
+def test_rows(bench):
+    bench.check("cpu")
+    clock = bench.Clock("cpu", repeats=2)
+    rows = [*bench.diffuse_rows(clock, 1.0, [torch.float32], compiled=False),
+            *bench.norm_rows(clock, 1.0, [torch.float32], ["tiny"], compiled=False)]
+    assert all(math.isfinite(r["ours"]) and math.isfinite(r["eager"]) and r["gbs"] > 0 for r in rows)
+    kinds = {r["name"].split()[0] for r in rows}
+    assert kinds == {"randn", "add_noise", "denoise_step", "group_norm"}
+    lines = [*bench.whole_rows(clock, "tiny", (2,))]
+    assert len(lines) == 4 and all("images/s" in line for line in lines)
+
+
+def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
+    right = bench.group_norm.group_norm
+    monkeypatch.setattr(bench.group_norm, "group_norm", lambda *a, **k: right(*a, **k) * 1.001)
+    with pytest.raises(AssertionError):
+        bench.check("cpu")
