@@ -10,7 +10,14 @@ import torch.nn.functional as F
 
 from kernels.group_norm import GroupNorm, group_norm
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 EPSILON = {torch.float32: 2 ** -24, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one rounding
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request):
+    """The twin everywhere, and the kernels where they run."""
+    return request.param
 
 
 def closed_form(x, groups, weight, bias, scale, shift, silu=True, eps=1e-5):
@@ -34,10 +41,10 @@ def eager(x, groups, weight, bias, scale, shift, silu=True, eps=1e-5):
     return F.silu(y) if silu else y
 
 
-def inputs(shape, dtype=torch.float32, adaptive=True, mean=1.0, std=2.0, layout=torch.contiguous_format):
+def inputs(shape, dtype=torch.float32, adaptive=True, mean=1.0, std=2.0, layout=torch.contiguous_format, device="cpu"):
     """x, weight, bias, scale, shift, dy. bf16 holds the weights: plain PyTorch in bf16 has the same ones."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().float()
+    draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().float().to(device)
     x = (draw(*shape) * std + mean).to(dtype).contiguous(memory_format=layout)
     scale, shift = draw(shape[0], 2 * shape[1]).to(dtype).chunk(2, 1) if adaptive else (None, None)
     return x, draw(shape[1]), draw(shape[1]), scale, shift, draw(*shape).to(dtype)
@@ -66,15 +73,15 @@ SHAPES = [((3, 12, 5, 7), 4), ((2, 32, 3, 3), 1), ((2, 7, 9), 7), ((4, 64), 8), 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize("shape, groups", SHAPES, ids=str)
-def test_error_at_most_twice_eager(shape, groups, dtype):
+def test_error_at_most_twice_eager(shape, groups, dtype, device):
     for adaptive, silu in ((True, True), (True, False), (False, True)):
-        case = (*inputs(shape, dtype, adaptive), groups)
+        case = (*inputs(shape, dtype, adaptive, device=device), groups)
         assert_no_worse(*(gradients(f, *case, dtype=t, silu=silu) for f, t in
                           ((group_norm, None), (eager, None), (closed_form, torch.float64))), dtype)
 
 
-def test_scale_alone_and_shift_alone():
-    x, weight, bias, scale, shift, dy = inputs((3, 6, 4, 4))
+def test_scale_alone_and_shift_alone(device):
+    x, weight, bias, scale, shift, dy = inputs((3, 6, 4, 4), device=device)
     for s, t in ((scale, None), (None, shift)):
         ours, exact = (gradients(f, x, weight, bias, s, t, dy, 3, dtype=d) for f, d in
                        ((group_norm, None), (closed_form, torch.float64)))
@@ -82,9 +89,9 @@ def test_scale_alone_and_shift_alone():
 
 
 @pytest.mark.parametrize("adaptive", (True, False))
-def test_large_mean(adaptive):
+def test_large_mean(adaptive, device):
     # mean / std = 1000: x and the mean are good to 6e-5, y to 1e-4; E[x^2] - mean^2 would be wrong by 0.1
-    x, weight, bias, scale, shift, dy = inputs((4, 32, 9, 9), adaptive=adaptive, std=1)
+    x, weight, bias, scale, shift, dy = inputs((4, 32, 9, 9), adaptive=adaptive, std=1, device=device)
     case = (x + 1000, weight, bias, scale, shift, dy, 8)
     ours, plain, exact = (gradients(f, *case, dtype=t) for f, t in
                           ((group_norm, None), (eager, None), (closed_form, torch.float64)))
@@ -112,7 +119,7 @@ def test_gradcheck_twice(adaptive):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_double_backward(dtype):
+def test_double_backward(dtype, device):
     """R1's shape: the gradient of a squared gradient, against float64."""
     def penalty(function, case, dtype):
         *given, _ = [v.detach().to(dtype or v.dtype).requires_grad_() for v in case]
@@ -121,7 +128,7 @@ def test_double_backward(dtype):
         grads = torch.autograd.grad(dx.to(dtype or torch.float32).square().sum(), given)
         return [v.double() for v in grads]
 
-    case = inputs((3, 16, 6, 6), dtype)
+    case = inputs((3, 16, 6, 6), dtype, device=device)
     ours, plain, exact = (penalty(f, case, t) for f, t in
                           ((group_norm, None), (eager, None), (closed_form, torch.float64)))
     for a, b, c in zip(ours, plain, exact):
@@ -131,15 +138,15 @@ def test_double_backward(dtype):
 @pytest.mark.parametrize("shape, layout", (((2, 12, 5, 7), torch.channels_last),
                                            ((2, 6, 2, 3, 4), torch.channels_last_3d)), ids=str)
 @pytest.mark.parametrize("adaptive", (True, False))
-def test_channels_last(shape, layout, adaptive):
-    case = inputs(shape, adaptive=adaptive, layout=layout)
+def test_channels_last(shape, layout, adaptive, device):
+    case = inputs(shape, adaptive=adaptive, layout=layout, device=device)
     assert group_norm(case[0], 3, *case[1:5]).is_contiguous(memory_format=layout)
     ours, exact = gradients(group_norm, *case, 3), gradients(closed_form, *case, 3, dtype=torch.float64)
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_any_strides():
-    x, weight, bias, scale, shift, dy = inputs((4, 6, 5, 8))
+def test_any_strides(device):
+    x, weight, bias, scale, shift, dy = inputs((4, 6, 5, 8), device=device)
     turned, sliced = x.transpose(2, 3), x[::2, :, 1:, ::2]
     for v, s, t in ((turned, scale, shift), (sliced, scale[::2], shift[::2])):
         exact = closed_form(v.double(), 2, *(u.double() for u in (weight, bias, s, t)))
@@ -158,9 +165,9 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("shape", ((0, 6, 4, 4), (0, 6), (2, 6, 0)))
-def test_empty(shape):
+def test_empty(shape, device):
     for adaptive in (True, False):
-        y, *grads = gradients(group_norm, *inputs(shape, adaptive=adaptive), 3)
+        y, *grads = gradients(group_norm, *inputs(shape, adaptive=adaptive, device=device), 3)
         assert y.shape == shape and not any(g.any() for g in grads)
 
 
@@ -208,3 +215,23 @@ def program(name, *arguments, **environment):
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     assert "cases right" in program("interp_group_norm.py", TRITON_INTERPRET="1")
+
+
+@GPU
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("shape, groups", (((64, 128, 32, 32), 32), ((16, 64, 128, 128), 16), ((8, 256, 16, 16), 8)), ids=str)
+def test_gpu_every_kernel(shape, groups, layout):
+    """Tiles of several groups, split groups: right, the same bits in every run, in one graph, replayed and checkpointed."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = (*inputs(shape, dtype, layout=layout, device="cuda"), groups)
+        ours = gradients(group_norm, *case)
+        assert_no_worse(ours, gradients(eager, *case), gradients(closed_form, *case, dtype=torch.float64), dtype)
+        assert all(torch.equal(a, b) for a, b in zip(ours, gradients(group_norm, *case)))
+        torch.testing.assert_close(gradients(torch.compile(group_norm, fullgraph=True), *case), ours, rtol=0, atol=0)
+    x, *rest = case[:5]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = group_norm(x, groups, *rest)
+    x.mul_(3).add_(1)
+    graph.replay()
+    assert torch.equal(y, group_norm(x, groups, *rest))
