@@ -14,9 +14,14 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def single(image):
+    """A uint8 picture (C, H, W) as PIL, at its own size."""
+    from PIL import Image
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+
+
 def grid(images, columns=None):
     """One PIL picture of uint8 images (N, C, H, W), row by row; small ones are enlarged by a whole factor to be seen."""
-    from PIL import Image
     n, channels, h, w = images.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     gap = max(1, h // 16)
@@ -24,19 +29,19 @@ def grid(images, columns=None):
     for i, image in enumerate(images):
         y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         sheet[:, y:y + h, x:x + w] = image
-    array = sheet.permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
-    factor = max(1, 48 // max(h, w))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+    picture, factor = single(sheet), max(1, 48 // max(h, w))
+    return picture.resize((picture.width * factor, picture.height * factor), 0)  # 0: the nearest pixel
 
 
-def scatter(points, path):
-    """Points (N, 2) in [-1.25, 1.25] as a PNG."""
+def scatter(points):
+    """One PIL picture of points (N, 2) in [-1.25, 1.25]."""
+    from PIL import Image
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(5, 5), dpi=100)).subplots()
     axes.scatter(points[:, 0], points[:, 1], s=2, alpha=0.5, linewidths=0)
     axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
-    figure.savefig(path, format="png")
+    figure.savefig(drawn := io.BytesIO(), format="png")
+    return Image.open(drawn)
 
 
 def curves(folder):
@@ -56,44 +61,29 @@ def curves(folder):
 
 
 def save(path, x, labels=None, frames=(), columns=None):
-    """Write samples by the path's ending; nothing half-written is ever under its name.
+    """Write samples by the path's ending; nothing half-written is ever under its name. Returns the path.
 
-    x: (N, C, H, W) in [-1, 1] or uint8, or float points (N, 2); labels: (N,) or None
-    frames: the trajectory for a .gif, tensors like x from noise to sample (with none, a .gif has one frame)
-    columns: of the grid; default about as many as rows
+    x: (N, C, H, W) in [-1, 1] or uint8, or float points (N, 2); labels: (N,) or None; frames: the trajectory for a .gif, tensors
+    like x from noise to sample (with none, a .gif has one frame); columns: of the grid, default about as many as rows
     .png a grid or scatter plot; .gif the frames; .npz arr_0 uint8 (N, H, W, C) or float32 (N, 2), arr_1 labels, -1 for none;
-    no ending: a folder with one PNG each. Returns the path. Image files have the channels the pictures have: 1 or 3.
+    no ending: a folder with one PNG each. Image files have the channels the pictures have: 1 or 3.
     """
     import numpy as np
     path, points = Path(path), x.ndim == 2
-    images = x if points or x.dtype == torch.uint8 else to_uint8(x)
+    x, *frames = [a.cpu() if points else a if a.dtype == torch.uint8 else to_uint8(a) for a in (x, *(frames or [x]))]
     if path.suffix == ".npz":
-        array = images.float().cpu().numpy() if points else images.permute(0, 2, 3, 1).numpy()
+        array = x.float() if points else x.permute(0, 2, 3, 1)
         with written(path) as file, open(file, "wb") as handle:
-            np.savez(handle, array, np.full(len(x), -1) if labels is None else labels.cpu().numpy())
+            np.savez(handle, array.numpy(), np.full(len(x), -1) if labels is None else labels.cpu().numpy())
     elif path.suffix == ".png":
         with written(path) as file:
-            scatter(images.cpu(), file) if points else grid(images, columns).save(file, format="PNG")
+            (scatter(x) if points else grid(x, columns)).save(file, format="PNG")
     elif path.suffix == ".gif":
-        from PIL import Image
-        stills = []
-        for frame in frames or [x]:
-            if points:
-                scatter(frame.cpu(), drawn := io.BytesIO())
-                stills.append(Image.open(drawn).convert("P"))
-            else:
-                stills.append(grid(frame if frame.dtype == torch.uint8 else to_uint8(frame)).convert("P"))
+        stills = [(scatter(frame) if points else grid(frame)).convert("P") for frame in frames]
         with written(path) as file:
             stills[0].save(file, format="GIF", save_all=True, append_images=stills[1:] + stills[-1:] * 10, duration=100, loop=0)
     else:
         for i in range(len(x)):
             with written(path / f"{i:05}.png") as file:
-                scatter(images[i:i + 1].cpu(), file) if points else grid_one(images[i]).save(file, format="PNG")
+                (scatter(x[i:i + 1]) if points else single(x[i])).save(file, format="PNG")
     return path
-
-
-def grid_one(image):
-    """A single uint8 picture (C, H, W) as PIL, at its own size."""
-    from PIL import Image
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if len(image) == 1 else array)

@@ -11,63 +11,51 @@ import datetime
 import functools
 import json
 import math
-import operator
 import os
 import signal
 import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
+ACTIONS = dict(train="train the model, or finish training it", sample="draw samples", evaluate="judge samples against the data")
+ALL = " ".join(ACTIONS)
+KINDS = {int: ("N", "a whole number"), float: ("X", "a number"), tuple: ("A,B", "whole numbers, e.g. 1,2"), str: ("TEXT", "text")}
+NAMED = ("digits", "stacked", "swirl", "gaussians", "mnist", "fashion-mnist", "cifar10")
+POINTS = ("swirl", "gaussians")
+FOR_PICTURES = set("size classes multipliers blocks attention heads resample flip inception encode interpolate".split())
+
+
 # ------------------------------------------------------------------------------------------------------------ flags
-
-
 def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int, acts=False):
     """A field of a script's Config that is a flag too.
 
-    use: the actions that read it, of "train sample evaluate"; given without one of these, the flag is an error.
-    low, high: bounds that are allowed, above: one that is not; choices: the allowed words; part: of a tuple given as a,b,c, where
-    Path means any number of files, a,b being one name; acts: given alone, such a flag asks for --sample.
+    use: the actions that read it; given without one of these, it is an error. low, high: bounds that are allowed; above: one that
+    is not. part: of a tuple given as a,b,c; Path: any number of files. acts: given alone, such a flag asks for --sample.
     """
-    return dataclasses.field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
+    return dataclasses.field(default=default, metadata=locals())
 
 
 @dataclasses.dataclass
 class Shared:
     """The flags that all six scripts have, word for word."""
-    data: str = option("digits", "digits, stacked, swirl, gaussians, mnist, fashion-mnist, cifar10, or the path of a folder or an "
-                       "archive (.zip .tar .tar.gz .tar.xz) of pictures", "train sample evaluate")
-    data_root: str = option("data", "where named data sets are kept and fetched to", "train sample evaluate")
-    size: int = option(0, "resize pictures to this side; 0: the data's own", "train sample evaluate", low=0)
-    classes: tuple = option((), "keep only these classes, e.g. airplane,bird", "train sample evaluate", part=str)
-    run: str = option("", "folder of the run; default runs/<method>-<data>", "train sample evaluate")
+    data: str = option("digits", f"{', '.join(NAMED)}, or a folder or archive (.zip .tar .tar.gz .tar.xz) of pictures", ALL)
+    data_root: str = option("data", "where named data sets are kept and fetched to", ALL)
+    size: int = option(0, "resize pictures to this side; 0: the data's own", ALL, low=0)
+    classes: tuple = option((), "keep only these classes, e.g. airplane,bird", ALL, part=str)
+    run: str = option("", "folder of the run; default runs/<method>-<data>", ALL)
     fresh: bool = option(False, "start over, whatever the folder holds")
     n: int = option(0, "how many samples; default 64, and 1000 for --evaluate", "sample evaluate", low=1)
-    seed: int = option(0, "of every random number", "train sample evaluate", low=0, high=2 ** 63 - 1)
-    out: str = option("", "where samples go: .png a grid, .gif the trajectory, .npz arrays, a folder one PNG each; "
-                      "default samples.png in the run", "sample")
+    seed: int = option(0, "of every random number", ALL, low=0, high=2 ** 63 - 1)
+    out: str = option("", ".png a grid, .gif the trajectory, .npz, or a folder of PNGs; default samples.png in the run", "sample")
     checkpoint: str = option("", "sample from this file instead of the run's own", "sample evaluate")
     inception: str = option("", "the standard Inception network as a TorchScript file, for FID and IS", "evaluate")
-    device: str = option("auto", "where to compute", "train sample evaluate", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "bf16 is automatic mixed precision; auto takes it where the hardware has it",
-                            "train sample evaluate", choices=("auto", "fp32", "bf16"))
-    compile: bool = option(False, "torch.compile the network: slow to start, faster to run", "train sample evaluate")
-
-
-ACTIONS = dict(train="train the model, or finish training it", sample="draw samples", evaluate="judge samples against the data")
-NAMED = ("digits", "stacked", "swirl", "gaussians", "mnist", "fashion-mnist", "cifar10")
-POINTS = ("swirl", "gaussians")
-FOR_PICTURES = {"size", "classes", "multipliers", "blocks", "attention", "heads", "resample", "flip", "inception", "encode", "interpolate"}
-MAY_CHANGE = {"iters", "minutes", "device", "precision"}  # between the parts of one run
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        stop(f"{message} (python {self.prog} --help lists the flags)")
+    device: str = option("auto", "where to compute", ALL, choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "bf16: mixed; auto: bf16 where the hardware has it", ALL, choices=("auto", "fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the network: slow to start, faster to run", ALL)
 
 
 def stop(message):
@@ -86,151 +74,116 @@ def inputs():
         stop(error)
 
 
-def _read(f):
-    """The function that reads the text of flag f, with its bounds."""
-    m, kind = f.metadata, type(f.default)
-
-    def read(text):
-        try:
-            value = tuple(map(m["part"], filter(None, text.split(",")))) if kind is tuple else kind(text)
-        except ValueError:
-            what = {int: "a whole number", float: "a number", tuple: "whole numbers with commas, e.g. 1,2,2"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        for v in value if kind is tuple else (value,):
-            if isinstance(v, float) and not math.isfinite(v):
-                raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-            for bound, wrong, words in (("low", operator.lt, "small: at least"), ("above", operator.le, "small: more than"),
-                                        ("high", operator.gt, "large: at most")):
-                if m[bound] is not None and wrong(v, m[bound]):
-                    raise argparse.ArgumentTypeError(f"{text} is too {words} {m[bound]}")
-        return value
-    return read
-
-
-def parse(method, Config, recipes, doc):
-    """Read the command line into one namespace: the actions, Config's fields and Shared's, with the recipe of the data set.
-
-    method: the script's name, which runs and checkpoints bear; recipes: data set -> {field: value}, `pictures` stands for any path.
-    A field's value is, in this order, the flag, the recipe, the default. Also set: method, given (the fields set by flags), name (of
-    the data).
-    Ends with exit status 2 and one line for whatever is wrong with a flag; without an action prints the help and ends.
-    """
-    fields = dataclasses.fields(Config) + dataclasses.fields(Shared)
-    parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
-    for action, text in ACTIONS.items():
-        parser.add_argument(f"--{action}", action="store_true", help=text)
-    groups = {}
-    for f in fields:
-        m = f.metadata
-        title = {"train": "training", "sample": "sampling", "evaluate": "judging"}.get(m["use"], "sampling and judging")
-        title = "everything" if m["use"] == "train sample evaluate" else title
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        by_data = [f"{d} {_text(r[f.name])}" for d, r in recipes.items() if f.name in r]
-        defaults = ([f"default {_text(f.default)}"] if f.default not in ("", 0, -1, (), False) else []) + by_data
-        text = m["help"] + (f" ({'; '.join(defaults)})" if defaults else "")
-        kind, more = type(f.default), dict(default=None, help=text.replace("%", "%%"))
-        if m["part"] is Path:
-            more |= dict(nargs="*", metavar="FILE")
-        elif kind is bool:
-            more |= dict(action=argparse.BooleanOptionalAction if by_data else "store_true")
-        else:
-            more |= dict(type=_read(f) if kind is not str else str, choices=m["choices"])
-            more |= {} if m["choices"] else dict(metavar={int: "N", float: "X", tuple: "A,B", str: "TEXT"}[kind])
-        group.add_argument(_flag(f.name), **more)
-    c = parser.parse_args()
-    c.given = {f.name for f in fields if getattr(c, f.name) is not None}
-    c.sample = c.sample or any(f.metadata["acts"] and f.name in c.given for f in fields)
-    actions = [a for a in ACTIONS if getattr(c, a)]
-    if not actions:
-        parser.print_help()
-        raise SystemExit(0)
-    for f in fields:
-        if f.name in c.given and not set(f.metadata["use"].split()) & set(actions):
-            stop(f"{_flag(f.name)} does nothing here: it belongs to " + " or ".join(f"--{u}" for u in f.metadata["use"].split()))
-    c.data = "digits" if c.data is None else c.data
-    if c.data not in NAMED and not Path(c.data).exists():
-        stop(f"--data {c.data}: no such file or folder, and no data set of that name ({', '.join(NAMED)})")
-    c.name = Path(c.data).resolve().name.split(".")[0]
-    c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
-    for name in sorted(FOR_PICTURES & c.given if c.data in POINTS else ()):
-        stop(f"--{name} is for pictures, and {c.data} has points: leave it out")
-    if c.data in POINTS and c.out and not Path(c.out).suffix:
-        stop(f"--out {c.out}: points go into a .png, .gif or .npz")
-    recipe = dict(recipes.get(c.data if c.data in NAMED else "pictures", {}))
-    if c.given & {"iters", "minutes"}:  # the user's end replaces the recipe's
-        recipe = {k: v for k, v in recipe.items() if k not in ("iters", "minutes")}
-    for f in fields:
-        if getattr(c, f.name) is None:
-            setattr(c, f.name, recipe.get(f.name, f.default))
-    c.method = method
-    c.train_fields = [f.name for f in dataclasses.fields(Config) if "train" in f.metadata["use"].split()] + ["seed"]
-    c.run = Path(c.run or f"runs/{method}-{c.name}")
-    if c.run.exists() and not c.run.is_dir():
-        stop(f"--run {c.run} is a file: give a folder")
-    if c.checkpoint and c.train:
-        stop("--checkpoint is for sampling: a run goes on from its own checkpoint, so leave out one of --train and --checkpoint")
-    if c.fresh and c.checkpoint:
-        stop("--fresh and --checkpoint contradict each other: leave out one")
-    if c.inception and not Path(c.inception).is_file():
-        stop(f"--inception {c.inception}: no such file")
-    if c.sample and c.n > 256 and c.out.endswith(".gif"):
-        stop(f"--n {c.n}: a .gif shows at most 256 samples")
-    if c.out:
-        _writable(c.out)
-    c.device = pick_device(c.device)
-    c.precision = pick_precision(c.precision, c.device)
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))  # Run takes it over while it trains
-    return c
-
-
-def _flag(field):
-    return "--" + field.replace("_", "-")
-
-
 def _text(value):
     return ",".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else str(value)
 
 
-def _writable(path):
-    """Say now, not after an hour, that --out cannot be written."""
-    p = Path(path)
-    if p.suffix not in (".png", ".gif", ".npz", ""):
-        stop(f"--out {path}: unknown ending {p.suffix}, use .png, .gif, .npz or a folder")
-    parent = next(a for a in [p if p.suffix == "" else p.parent, *p.parents] if a.exists())
-    if (p.suffix == "" and p.exists() and not p.is_dir()) or (p.suffix and p.is_dir()):
-        stop(f"--out {path}: there is a {'folder' if p.suffix else 'file'} of that name")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        stop(f"--out {path}: {parent} cannot be written to")
+def _read(f, text):
+    m, kind = f.metadata, type(f.default)
+    try:
+        values = tuple(map(m["part"], filter(None, text.split(",")))) if kind is tuple else (kind(text),)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {KINDS[kind][1]}") from None
+    for v in values:
+        for fits, words in ((kind is not float or math.isfinite(v), "finite"),
+                            (m["low"] is None or v >= m["low"], f"at least {m['low']}"),
+                            (m["above"] is None or v > m["above"], f"more than {m['above']}"),
+                            (m["high"] is None or v <= m["high"], f"at most {m['high']}")):
+            if not fits:
+                raise argparse.ArgumentTypeError(f"{text} is not {words}")
+    return values if kind is tuple else values[0]
 
 
-def pick_device(name):
-    """A torch.device for auto, cpu, cuda or mps; under torchrun each process takes its own GPU. Ends the program if it is not there."""
+def parse(method, Config, recipes, doc):
+    """The command line as one namespace: the actions, and Config's and Shared's fields from the flag, the recipe or the default.
+
+    method: the script's name, which runs and checkpoints bear; recipes: data set -> {field: value}, `pictures` is any path.
+    Also set: method, given (the fields set by flags), name (of the data), train_fields (what belongs to a trained model).
+    Ends with exit status 2 and one line for whatever is wrong with a flag; without an action prints the help and ends.
+    """
+    fields = {f.name: f for part in (Config, Shared) for f in dataclasses.fields(part)}
+    flags = {name: "--" + name.replace("_", "-") for name in fields}
+    uses = {name: f.metadata["use"] for name, f in fields.items()}
+    parser = argparse.ArgumentParser(f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: stop(f"{message} (python {method}.py --help lists the flags)")
+    for action, text in ACTIONS.items():
+        parser.add_argument(f"--{action}", action="store_true", help=text)
+    groups = {use: parser.add_argument_group("for --" + use.replace(" ", ", --")) for use in dict.fromkeys(uses.values())}
+    for name, f in fields.items():
+        m, kind = f.metadata, type(f.default)
+        defaults = [] if f.default in ("", 0, -1, (), False) else [f"default {_text(f.default)}"]
+        defaults += [f"{data} {_text(recipe[name])}" for data, recipe in recipes.items() if name in recipe]
+        if m["part"] is Path:
+            more = dict(nargs="*", metavar="FILE")
+        elif kind is bool:
+            more = dict(action=argparse.BooleanOptionalAction if defaults else "store_true")
+        else:
+            more = dict(type=functools.partial(_read, f), choices=m["choices"], metavar=None if m["choices"] else KINDS[kind][0])
+        text = m["help"] + (f" ({'; '.join(defaults)})" if defaults else "")
+        groups[uses[name]].add_argument(flags[name], help=text.replace("%", "%%"), **more)
+
+    flagged = vars(parser.parse_args())
+    c = argparse.Namespace(**dict.fromkeys(ACTIONS, False) | {name: f.default for name, f in fields.items()} | flagged)
+    c.method, c.given = method, fields.keys() & flagged
+    c.sample = c.sample or any(fields[name].metadata["acts"] for name in c.given)
+    actions = [action for action in ACTIONS if getattr(c, action)]
+    if not actions:
+        parser.print_help()
+        parser.exit()
+    ends = {"iters", "minutes"}  # the user's replace both of the recipe's
+    kept = c.given | ends if c.given & ends else c.given
+    recipe = recipes.get(c.data if c.data in NAMED else "pictures", {})
+    vars(c).update({name: value for name, value in recipe.items() if name not in kept})
+    c.train_fields = [f.name for f in dataclasses.fields(Config) if "train" in uses[f.name]] + ["seed"]
+    c.name = Path(c.data).resolve().name.split(".")[0]
+    c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
+    c.run = Path(c.run or f"runs/{method}-{c.name}")
+
+    for name in sorted(c.given):
+        if not any(action in uses[name] for action in actions):
+            stop(f"{flags[name]} does nothing here: it belongs to --{uses[name].replace(' ', ' or --')}")
+    unfit = next((f"--{name}" for name in sorted(FOR_PICTURES & c.given) if c.data in POINTS), None)
+    out = Path(c.out)
+    folder = next(a for a in (out.parent if out.suffix else out, *out.parents) if os.path.exists(a))
+    for wrong, message in (
+            (c.data not in NAMED and not os.path.exists(c.data),
+             f"--data {c.data}: no such file or folder, and no data set of that name ({', '.join(NAMED)})"),
+            (unfit, f"{unfit} is for pictures, and {c.data} has points: leave it out"),
+            (os.path.isfile(c.run), f"--run {c.run} is a file: give a folder"),
+            (c.checkpoint and c.train, "--checkpoint is for sampling, and --train goes on from its run's own: leave out one"),
+            (c.inception and not os.path.isfile(c.inception), f"--inception {c.inception}: no such file"),
+            (out.suffix not in (".png", ".gif", ".npz", ""), f"--out {out}: unknown ending, use .png, .gif, .npz or a folder"),
+            (c.out and c.data in POINTS and not out.suffix, f"--out {out}: points go into a .png, .gif or .npz"),
+            (c.n > 256 and out.suffix == ".gif", f"--n {c.n}: a .gif shows at most 256 samples"),
+            (c.out and (out.suffix and os.path.isdir(out) or not folder.is_dir() or not os.access(folder, os.W_OK)),
+             f"--out {out} cannot be written: there is a folder of that name, or {folder} is not a folder to write in")):
+        if wrong:
+            stop(message)
+    _place(c)
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))  # Run takes it over while it trains
+    return c
+
+
+def _place(c):
+    """Set c.device, under torchrun a GPU for each process, and c.precision.
+
+    auto is bf16 on GPUs that have it and on processors with matrix units (AMX), elsewhere fp32, which is faster there: AVX-512's
+    bf16 reached half of fp32's rate in convolutions.
+    """
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(d for d in there if there[d])
-    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count() > 0:
-        stop(f"there are {torch.cuda.device_count()} GPUs here: start no more processes than that on a machine, or give --device cpu")
-    if not there[name]:
-        stop(f"--device {name}: there is none here that PyTorch can use; leave the flag out, or give --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-
-
-def pick_precision(name, device):
-    """fp32 or bf16: for auto, bf16 on GPUs that have it and on processors with matrix units (AMX), elsewhere fp32, which is
-    faster there: AVX-512's bf16 reached half of fp32's rate in convolutions."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+    name = next(d for d in there if there[d]) if c.device == "auto" else c.device
+    if not there[name] or name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        stop(f"--device {name}: PyTorch finds none here, or fewer than there are processes; start fewer, or give --device cpu")
+    c.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if c.precision == "auto":
+        has_bf16 = dict(cuda=torch.cuda.is_bf16_supported, cpu=getattr(torch.cpu, "_is_amx_tile_supported", bool))
+        c.precision = "bf16" if has_bf16.get(name, bool)() else "fp32"
 
 
 def autocast(c):
-    """The context for a forward pass: bf16 mixed precision where c.precision says so.
-
-    A network that predicts the mean stays in fp32: x_{t-1} and x_t differ by less than bf16 resolves.
-    """
+    """The context for a forward pass: bf16 mixed precision where c.precision says so, but fp32 for a network that predicts the
+    mean, since x_{t-1} and x_t differ by less than bf16 resolves."""
     return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16" and getattr(c, "predict", "") != "mean")
 
 
@@ -254,8 +207,7 @@ def _order(n, seed, epoch):
 def batch_index(n, batch, seed, step):
     """Which of n pictures the whole batch of update `step` (1, 2, ...) holds: every epoch visits each once. int64 (batch,)."""
     place = torch.arange((step - 1) * batch, step * batch)
-    first, last = int(place[0]) // n, int(place[-1]) // n
-    return torch.cat([_order(n, seed, e)[place[place // n == e] - e * n] for e in range(first, last + 1)])
+    return torch.cat([_order(n, seed, e)[place[place // n == e] - e * n] for e in (place // n).unique().tolist()])
 
 
 def rows(batch):
@@ -273,8 +225,7 @@ def training_batch(data, c, step, flip=False):
 def spread(c, step):
     """This process's part of one u in [0, 1) for each sample of update `step`'s batch, float64 (b,), on the CPU.
 
-    One in each of `batch` equal parts, all shifted by the same random part: every u is as likely as any other, and a batch's mean
-    varies less than with independent draws (Kingma 2021, appendix I.1).
+    One in each of `batch` equal parts, all shifted alike: a batch's mean varies less (Kingma 2021, appendix I.1).
     """
     shift = torch.rand((), generator=generator(c.seed, TIME, step), dtype=torch.float64)
     return ((torch.arange(c.batch) + shift) / c.batch)[rows(c.batch)]
@@ -303,8 +254,6 @@ def sample_labels(c, n, label=-1):
 
 
 # ------------------------------------------------------------------------------------------------ several processes
-
-
 def rank():
     """This process's number among torchrun's; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
@@ -322,8 +271,8 @@ def join(c):
             stop(f"--batch {c.batch} cannot be split evenly among {world()} processes")
         if c.device.type == "cuda":
             torch.cuda.set_device(c.device)
-        dist.init_process_group("nccl" if c.device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))  # rank 0 may have much to fetch
+        backend = "nccl" if c.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))  # rank 0 may have much to fetch
 
 
 def leave():
@@ -339,16 +288,13 @@ def average_gradients(parameters):
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in gradients])
         dist.all_reduce(flat)
-        flat /= world()
-        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+        for g, mean in zip(gradients, (flat / world()).split([g.numel() for g in gradients])):
             g.copy_(mean.view_as(g))
 
 
 # -------------------------------------------------------------------------------------------------------------- EMA
-
-
 class EMA:
-    """The running mean of a network's parameters: decay rises as (1 + n) / (10 + n) to `decay`, so early samples are not noise."""
+    """The running mean of a network's parameters: decay rises as (1 + n) / (10 + n) to `decay`, lest early samples be noise."""
 
     def __init__(self, net, decay):
         self.net, self.decay, self.updates = copy.deepcopy(net).eval().requires_grad_(False), decay, 0
@@ -361,18 +307,14 @@ class EMA:
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
 
     def state_dict(self):
-        """For the checkpoint: the mean and how many updates it has seen."""
         return dict(net=self.net.state_dict(), updates=self.updates)
 
     def load_state_dict(self, state):
-        """Go on from a checkpoint."""
         self.net.load_state_dict(state["net"])
         self.updates = state["updates"]
 
 
 # ------------------------------------------------------------------------------------------- checkpoints and folders
-
-
 @contextlib.contextmanager
 def written(path):
     """A temporary path beside `path` that takes its name, flushed to disk, when all went well, and vanishes when not."""
@@ -384,25 +326,30 @@ def written(path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as fault:
+        raise OSError(f"{path} cannot be written: {fault}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, methods):
-    """The dict that Run.save wrote: method, config, data, step, seconds, and the states. Executes nothing from the file.
-
-    methods: the names of the scripts whose checkpoints will do. ValueError for anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: train first (--train), or give --checkpoint FILE")
+def load_checkpoint(path, methods, **settings):
+    """The dict that Run.save wrote; executes nothing from the file. ValueError for one of another method or other settings."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        method, *_ = saved["method"], dict(saved["config"]), saved["data"]["shape"][-1], saved["data"]["classes"], saved["step"] + 1
+        method, data, _ = saved["method"], saved["data"], saved["step"] + 1
+        known = saved["config"] | data | dict(size=data["shape"][-1], classes=sorted(data["classes"]))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: train first (--train), or give --checkpoint FILE") from None
     except Exception:  # a damaged or foreign file raises anything
         raise ValueError(f"{path} is not a checkpoint of this project, or is damaged") from None
     if method not in methods:
         raise ValueError(f"{path} is a checkpoint of {method}.py, which {methods[0]}.py cannot use")
+    for name, now in settings.items():
+        now, was = _text(now), _text(known.get(name))
+        if now != was:
+            same = f"--{name} {was}" if name in ("data", "size", "classes") else "the same flags"
+            raise ValueError(f"{path} was trained with {name} = {was}, not {now}: give {same}, another --run or --checkpoint, or "
+                             "train with --fresh to start over")
     return saved
 
 
@@ -416,42 +363,33 @@ def load_states(saved, path, **objects):
 
 
 def trained(c, methods=None):
-    """The checkpoint to sample from, after checking it against the flags: --checkpoint, or the run's own.
-
-    Returns the dict and c with every training setting replaced by the checkpoint's. Ends the program with one line where the file
-    is missing, damaged, or of another method or other data.
-    """
-    path = Path(c.checkpoint) if c.checkpoint else c.run / "checkpoint.pt"
+    """The checkpoint to sample from, --checkpoint or the run's own, and c with the checkpoint's training settings."""
+    c = copy.copy(c)
+    c.checkpoint = c.checkpoint or str(c.run / "checkpoint.pt")
     with inputs():
-        saved = load_checkpoint(path, methods or (c.method,))
-        shape, classes = saved["data"]["shape"], saved["data"]["classes"]
-        for flag, value, there in (("data", c.name, saved["data"]["data"]), ("size", c.size, shape[-1]),
-                                   ("classes", _text(sorted(c.classes)), _text(sorted(classes)))):
-            if flag in c.given and value != there:
-                raise ValueError(f"{path} was trained with --{flag} {there}, not {value}: change the flag, or give another --run "
-                                 "or --checkpoint")
-        was, c = c, SimpleNamespace(**vars(c))
-        for name in {*c.train_fields, "variance"} & set(saved["config"]) - {"seed"}:  # nothing else in the file is believed
-            value = saved["config"][name]
+        flags = dict(data=c.name, size=c.size, classes=sorted(c.classes))
+        saved = load_checkpoint(c.checkpoint, methods or (c.method,), **{k: v for k, v in flags.items() if k in c.given})
+        for key in {*c.train_fields, "variance"} & set(saved["config"]) - {"seed"}:  # nothing else in the file is believed
+            value = saved["config"][key]
             value = tuple(value) if isinstance(value, list) else value
-            if not isinstance(value, type(getattr(was, name, ""))):
-                raise ValueError(f"{path} is damaged: {name} = {value!r}")
-            setattr(c, name, value)
+            if not isinstance(value, type(getattr(c, key, ""))):
+                raise ValueError(f"{c.checkpoint} is damaged: {key} = {value!r}")
+            setattr(c, key, value)
     c.data = c.data if "data" in c.given else saved["source"]
-    c.size, c.classes = shape[-1] if len(shape) == 3 else 0, tuple(classes)
-    c.name, c.checkpoint = saved["data"]["data"], str(path)
+    shape, c.name, c.classes = saved["data"]["shape"], saved["data"]["data"], tuple(saved["data"]["classes"])
+    c.size = shape[-1] if len(shape) == 3 else 0
     return saved, c
 
 
 def load_data(c, split="train"):
     """The data set that the flags name; ends the program with one line where it cannot be had."""
     from common.data import load
-    for turn in (0, 1):  # rank 0 fetches and caches first
-        if turn == min(rank(), 1):
-            with inputs():
-                data = load(c.data, c.data_root, c.size or None, c.classes or None, split)
-        if dist.is_initialized():
-            dist.barrier()
+    if dist.is_initialized() and rank() > 0:  # rank 0 fetches and caches first
+        dist.barrier()
+    with inputs():
+        data = load(c.data, c.data_root, c.size or None, c.classes or None, split)
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
     return data
 
 
@@ -463,100 +401,86 @@ SAVE_EVERY = 60.0  # seconds
 class Run:
     """A training run in its folder. `for step in run:` counts updates, from where the checkpoint ended to the last one.
 
-    c: from parse, with iters and minutes; data: the Dataset; states: what a checkpoint holds beside the step, each with state_dict and
-    load_state_dict. Inside the loop call run.log(loss=..., ...) once per update with scalar tensors. The loop ends at c.iters updates,
+    c: from parse, with iters and minutes; data: the Dataset; states: what a checkpoint holds beside the step, with state_dict and
+    load_state_dict. Inside the loop call run.log(loss=...) once per update with scalar tensors. The loop ends at c.iters updates,
     after c.minutes of training in all, or at Ctrl-C or SIGTERM (then with a checkpoint and exit status 130). A value that is not
     finite ends it too, naming the update, and the last good checkpoint stays.
     """
 
     def __init__(self, c, data, **states):
-        self.c, self.states = c, states
-        self.path = c.run / "checkpoint.pt"
+        self.c, self.states, self.path, self.table = c, states, c.run / "checkpoint.pt", c.run / "metrics.csv"
         self.config = {name: getattr(c, name) for name in c.train_fields}
         self.data = dict(data=c.name, shape=list(data.shape), classes=list(data.classes), pictures=len(data))
-        self.step, self.seconds, self.window, self.bar, self.interrupted = 0, 0.0, [], None, False
-        if c.fresh and rank() == 0:
-            self.path.unlink(missing_ok=True)
-            (c.run / "metrics.csv").unlink(missing_ok=True)
-        if world() > 1:
-            dist.barrier()
-        if self.path.exists():
-            self._resume()
-        if self._agree(self.step, -self.step) != [self.step, -self.step]:
-            stop(f"the processes found different checkpoints in {c.run}: it must lie on a disk that all of them share")
-        if rank() == 0:
-            with inputs():
-                c.run.mkdir(parents=True, exist_ok=True)
-                self._cut_metrics()
-                import numpy
-                versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=numpy.__version__)
-                settings = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(c).items()
-                            if k not in ("given", "train_fields")}
-                with written(c.run / "config.json") as file:
-                    file.write_text(json.dumps(dict(settings, data_shape=data.shape, versions=versions, processes=world(),
-                                                    command=" ".join(sys.argv)), indent=2, default=str) + "\n")
-
-    def _resume(self):
+        self.step, self.seconds, self.limit, self.window, self.interrupted = 0, 0.0, 60 * c.minutes or math.inf, [], False
         with inputs():
-            saved = load_checkpoint(self.path, (self.c.method,))
-            was = dict(saved["config"], **saved["data"])
-            for name, now in {**self.config, **self.data}.items():
-                if name not in MAY_CHANGE and _text(now) != _text(was.get(name)):
-                    raise ValueError(f"{self.c.run} was trained with {name} = {_text(was.get(name))}, not {_text(now)}: use the same "
-                                     "flags, another --run, or --fresh to start over")
-            load_states(saved, self.path, **self.states)
-        self.step, self.seconds = saved["step"], saved["seconds"]
+            if self.path.exists() and not c.fresh:
+                fixed = {name: value for name, value in self.config.items() if name not in ("iters", "minutes")}
+                saved = load_checkpoint(self.path, (c.method,), **fixed | self.data | dict(classes=sorted(data.classes)))
+                load_states(saved, self.path, **states)
+                self.step, self.seconds = saved["step"], saved["seconds"]
+            if self._agree(self.step, -self.step) != [self.step, -self.step]:
+                raise ValueError(f"the processes found different checkpoints in {c.run}: give a folder that all of them share")
+            if rank() == 0:
+                self._begin()
 
-    def _cut_metrics(self):
-        """Drop the rows that a killed run wrote after its last checkpoint: they will be computed again."""
-        path = self.c.run / "metrics.csv"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            with written(path) as file:
-                file.write_text("".join(lines[:1] + [line for line in lines[1:] if line.endswith("\n")
-                                                     and int(line.split(",")[0]) <= self.step]))
+    def _begin(self):
+        """Write config.json, and drop what a killed run logged after its last checkpoint: it will be computed again."""
+        import numpy
+        settings = {name: value for name, value in vars(self.c).items() if name not in ("given", "train_fields")}
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=numpy.__version__)
+        settings |= dict(data_shape=self.data["shape"], versions=versions, processes=world(), command=" ".join(sys.argv))
+        with written(self.c.run / "config.json") as file:
+            file.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+        if self.step == 0:
+            self.path.unlink(missing_ok=True)
+            self.table.unlink(missing_ok=True)
+        elif self.table.exists():
+            head, *rows = self.table.read_text().splitlines(keepends=True) or [""]
+            with written(self.table) as file:
+                file.write_text(head + "".join(r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= self.step))
 
     def _finished(self):
-        return self.step >= self.c.iters or bool(self.c.minutes) and self.seconds >= 60 * self.c.minutes
+        return self.step >= self.c.iters or self.seconds >= self.limit
 
     def __iter__(self):
-        from tqdm import tqdm
         if self._finished():
             return
-        old = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        start, before, saved_at = time.monotonic(), self.seconds, time.monotonic()
-        self.bar = tqdm(total=self.c.iters, initial=self.step, disable=rank() != 0, mininterval=0.2 if sys.stderr.isatty() else 10,
-                        desc=str(self.c.run), bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
-        first = self.step
+        from tqdm import tqdm
+        handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        first, before, saved_at, start = self.step, self.seconds, self.seconds, time.monotonic() - self.seconds
+        done = interrupted = False
+        bar = tqdm(desc=str(self.c.run), total=self.c.iters, initial=self.step, disable=rank() != 0,
+                   mininterval=0.2 if sys.stderr.isatty() else 10,
+                   bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
         try:
-            while True:
+            while not (done or interrupted):
                 self.step += 1
                 yield self.step
-                self.seconds = before + time.monotonic() - start
-                if self.step % LOG_EVERY == 0:
+                self.seconds = time.monotonic() - start
+                logs = self.step % LOG_EVERY == 0
+                if logs:
                     rate = (self.step - first) / max(self.seconds - before, 1e-9)
-                    left = (self.c.iters - self.step) / rate
-                    left = min(left, 60 * self.c.minutes - self.seconds) if self.c.minutes else left
-                    self.bar.set_postfix_str(f"{self._flush()}, {rate * self.c.batch:.0f} images/s, {tqdm.format_interval(max(0, left))} left", refresh=False)
-                self.bar.update()
-                last = self.step >= self.c.iters
-                done, interrupted = self._agree(self._finished(), self.interrupted) if self.step % LOG_EVERY == 0 or last or \
-                    world() == 1 else (False, False)  # every process stops at the same update: what one wants, all do
-                if done or interrupted or self.step % LOG_EVERY == 0 and time.monotonic() - saved_at > SAVE_EVERY:
+                    left = tqdm.format_interval(max(0, min((self.c.iters - self.step) / rate, self.limit - self.seconds)))
+                    bar.set_postfix_str(f"{self._flush()}, {rate * self.c.batch:.0f} images/s, {left} left", refresh=False)
+                bar.update()
+                if logs or self.step >= self.c.iters or world() == 1:  # several processes stop at the same update
+                    done, interrupted = self._agree(self._finished(), self.interrupted)
+                if done or interrupted or logs and self.seconds - saved_at > SAVE_EVERY:
                     self._flush()
                     self.save()
-                    saved_at = time.monotonic()
-                if interrupted:
-                    if rank() == 0:
-                        self.bar.close()
-                        print(f"interrupted at update {self.step}; the same command goes on from there", file=sys.stderr)
-                    raise SystemExit(130)
-                if done:
-                    return
+                    saved_at = self.seconds
+        except FloatingPointError as what:
+            bar.close()
+            kept = f"; {self.path} holds the last good state" if self.path.exists() else ""
+            stop(f"{what} is not finite{kept}. A smaller --lr usually helps, or --precision fp32")
         finally:
-            self.bar.close()
-            for s, handler in old.items():
+            bar.close()
+            for s, handler in handlers.items():
                 signal.signal(s, handler)
+        if interrupted:
+            if rank() == 0:
+                print(f"interrupted at update {self.step}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(130)
 
     def _interrupt(self, number, frame):
         if self.interrupted and number == signal.SIGINT:  # a second Ctrl-C does not wait for the update to end
@@ -572,51 +496,41 @@ class Run:
         return largest.tolist()
 
     def log(self, **values):
-        """One update's scalars (detached 0-d tensors or floats); averaged over LOG_EVERY updates into a row of metrics.csv."""
-        self.window.append({k: torch.as_tensor(v).detach().float() for k, v in values.items()})
+        """One update's scalars (0-d tensors or floats); averaged over LOG_EVERY updates into a row of metrics.csv."""
+        self.names = list(values)
+        self.window.append(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.c.device).detach()
+                                        for v in values.values()]))
 
     def _flush(self):
         """Write the row of the updates since the last one; stop if any value in it is not finite. Returns it as text."""
         if not self.window:
             return ""
-        names = list(self.window[0])
-        table = torch.stack([torch.stack([row[n].to(self.c.device) for n in names]) for row in self.window])
+        table = torch.stack(self.window)
         if world() > 1:
             dist.all_reduce(table)
-            table /= world()
-        table = table.cpu().double()
-        if not table.isfinite().all():
-            bad = int((~table.isfinite()).any(1).nonzero()[0])
-            self._not_finite(f"the loss of update {self.step - len(self.window) + 1 + bad}")
+        table = table.cpu().double() / world()
+        if len(bad := (~table.isfinite()).any(1).nonzero()):
+            raise FloatingPointError(f"the loss of update {self.step - len(table) + 1 + int(bad[0])}")
         means = table.mean(0).tolist()
         if rank() == 0:
-            path = self.c.run / "metrics.csv"
-            new = not path.exists()
-            with inputs(), open(path, "a", newline="") as file:
+            with inputs(), open(self.table, "a", newline="") as file:
                 rows = csv.writer(file)
-                if new:
-                    rows.writerow(["step", "seconds", *names])
+                if not file.tell():
+                    rows.writerow(["step", "seconds", *self.names])
                 rows.writerow([self.step, f"{self.seconds:.2f}", *[f"{m:.9g}" for m in means]])
         self.window = []
-        return ", ".join(f"{n} {m:.4f}" for n, m in zip(names, means))
-
-    def _not_finite(self, what):
-        self.bar.close()
-        kept = f"; {self.path} holds the last good state" if self.path.exists() else ""
-        stop(f"{what} is not finite{kept}. A smaller --lr usually helps, or --precision fp32")
+        return ", ".join(f"{n} {m:.4f}" for n, m in zip(self.names, means))
 
     def save(self):
         """Write checkpoint.pt: all or nothing, and no weights that are not finite."""
         for thing in self.states.values():
             if isinstance(thing, torch.nn.Module) and not all(p.isfinite().all() for p in thing.parameters()):
-                self._not_finite(f"a weight after update {self.step}")
+                raise FloatingPointError(f"a weight after update {self.step}")
         if rank() == 0:
-            with inputs(), written(self.path) as file:
-                try:
-                    torch.save(dict(method=self.c.method, config=self.config, data=self.data, source=self.c.data, step=self.step,
-                                    seconds=self.seconds, **{k: v.state_dict() for k, v in self.states.items()}), file)
-                except RuntimeError as fault:  # PyTorch's word for a full disk
-                    raise OSError(f"{self.path} cannot be written: {fault}") from None
+            saved = dict(method=self.c.method, config=self.config, data=self.data, source=self.c.data, step=self.step,
+                         seconds=self.seconds, **{name: thing.state_dict() for name, thing in self.states.items()})
+            with inputs(), written(self.path) as file, open(file, "wb") as handle:  # a handle: a full disk is then an OSError
+                torch.save(saved, handle)
 
 
 def finish(c, trained):
@@ -630,8 +544,6 @@ def finish(c, trained):
 
 
 # ---------------------------------------------------------------------------------------------- sampling and judging
-
-
 def progress(steps, what):
     """tqdm over a sequence, gone when it ends."""
     from tqdm import tqdm
@@ -639,24 +551,19 @@ def progress(steps, what):
 
 
 class Stopwatch:
-    """`for first, size in watch.batches(n):` counts off n samples and times each batch, the accelerator's queue emptied."""
+    """`for first, size in watch.batches(n):` counts off n samples and times the loop's body, which ends with them on the CPU."""
 
     def __init__(self, device):
-        self.device, self.laps = device, []
+        self.laps = []
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def _now(self):
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-        return time.perf_counter()
-
     def batches(self, n, size=256):
-        """(first, how many) of each batch; what the loop's body does with it is timed."""
+        """(first, how many) of each batch."""
         for first in range(0, n, size):
-            start, many = self._now(), min(size, n - first)
+            start, many = time.perf_counter(), min(size, n - first)
             yield first, many
-            self.laps.append((many, self._now() - start))
+            self.laps.append((many, time.perf_counter() - start))
 
     def ms(self):
         """Milliseconds per image: the median of the batches after the first, which warms up (of the first if it is alone)."""

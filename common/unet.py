@@ -56,10 +56,8 @@ class Embedding(nn.Module):
         if classes:
             self.label = nn.Embedding(classes + 1, dim)  # the last row is "no label"
         if z_dim:  # StyleGAN's mapping network, as DDGAN uses it (Xiao 2021, appendix C)
-            layers = [nn.Linear(z_dim, dim)]
-            for _ in range(z_layers - 1):
-                layers += [nn.SiLU(), nn.Linear(dim, dim)]
-            self.mapping = nn.Sequential(*layers)
+            deeper = (layer for _ in range(z_layers - 1) for layer in (nn.SiLU(), nn.Linear(dim, dim)))
+            self.mapping = nn.Sequential(nn.Linear(z_dim, dim), *deeper)
 
     def forward(self, t, label=None, z=None):
         if (label is not None) > (self.classes > 0) or (z is not None) != (self.z_dim > 0):
@@ -101,26 +99,15 @@ def resize(x, direction, size=None):
     return F.avg_pool2d(x, 2, ceil_mode=True) if direction < 0 else F.interpolate(x, size=size, mode="nearest")
 
 
-class Down(nn.Module):
-    """Half the map by a strided convolution."""
+class Resample(nn.Module):
+    """Half the map by a strided convolution, or (direction 1) repeat it to `size` (H, W) and smooth it by a convolution."""
 
-    def __init__(self, channels):
+    def __init__(self, c_in, c_out, direction):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride=2 if direction < 0 else 1, padding=1)
 
-    def forward(self, x, e):
-        return self.conv(x)
-
-
-class Up(nn.Module):
-    """Repeat the map to `size` (H, W), then smooth it by a convolution, to the channels of the finer level."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-
-    def forward(self, x, e, size):
-        return self.conv(resize(x, 1, size))
+    def forward(self, x, e, size=None):
+        return self.conv(x if size is None else resize(x, 1, size))
 
 
 class Attention(nn.Module):
@@ -145,9 +132,8 @@ class Attention(nn.Module):
         if hasattr(self, "kv"):
             if context is None:
                 raise ValueError("this network attends to a context: give context (B, L, context_dim)")
-            h = h + x.flatten(2).transpose(1, 2)
-            k, v = self.kv(context).chunk(2, -1)
-            return (h + self.cross_out(self.attend(self.q(self.cross_norm(h)), k, v))).transpose(1, 2).unflatten(2, x.shape[2:])
+            q = self.q(self.cross_norm(h + x.flatten(2).transpose(1, 2)))
+            h = h + self.cross_out(self.attend(q, *self.kv(context).chunk(2, -1)))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -170,10 +156,8 @@ class UNet(nn.Module):
     size          side of x, which places the attention
     width         channels at full resolution; level i has width * multipliers[i] at size / 2^i
     blocks        residual blocks a level, on the way down and on the way up; each pair shares a skip connection
-    attention     resolutions (sides) that attend, e.g. (16, 8); the middle has attention too where any level does
-    heads         attention heads
-    classes       number of labels, 0 for none;  z_dim, z_layers: size of z and depth of its mapping network, 0 for none
-    context_dim   size of the context's vectors, 0 for none
+    attention     sides that attend, e.g. (16, 8), with `heads` heads; the middle attends too where any level does
+    classes       number of labels;  z_dim, z_layers: size of z and depth of its mapping network;  context_dim: of its vectors
     fourier       powers n of sin, cos(2^n pi x) fed beside x, e.g. (7, 8)
     resample      "conv" strided and plain convolutions between levels, or "biggan" inside residual blocks
     """
@@ -184,7 +168,7 @@ class UNet(nn.Module):
         if resample not in ("conv", "biggan"):
             raise ValueError(f"unknown resample {resample!r}: choose conv or biggan")
         if size < 2 ** (len(multipliers) - 1):
-            raise ValueError(f"{len(multipliers)} levels need pictures of at least {2 ** (len(multipliers) - 1)} pixels, not {size}")
+            raise ValueError(f"{len(multipliers)} levels need at least {2 ** (len(multipliers) - 1)} pixels a side, not {size}")
         dim = 4 * width
         self.fourier = tuple(fourier)
         self.embedding = Embedding(width, dim, classes, z_dim, z_layers)
@@ -197,22 +181,21 @@ class UNet(nn.Module):
                 raise ValueError(f"{channels} channels cannot be split among {heads} heads: change --heads or --width")
             return Attention(channels, heads, context_dim)
 
-        widths = [width * m for m in multipliers]
-        sides = [-(-size // 2 ** level) for level in range(len(widths))]
+        levels = [(width * m, -(-size // 2 ** i)) for i, m in enumerate(multipliers)]  # channels and side of each
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels = width
-        for c, side in zip(widths, sides):
+        for c, side in levels:
             if len(self.down):
-                self.down.append(Down(channels) if resample == "conv" else Block(channels, channels, dim, -1))
+                self.down.append(Resample(channels, channels, -1) if resample == "conv" else Block(channels, channels, dim, -1))
             for _ in range(blocks):
                 self.down.append(Stage(Block(channels, c, dim), attend(c, side)))
                 channels = c
-        attends = any(side in attention for side in sides)
-        self.middle = nn.ModuleList([Stage(Block(channels, channels, dim), attend(channels, attention[0]) if attends else None),
+        attending = next((side for _, side in levels if side in attention), None)
+        self.middle = nn.ModuleList([Stage(Block(channels, channels, dim), attend(channels, attending)),
                                      Stage(Block(channels, channels, dim), None)])
-        for c, side in reversed(list(zip(widths, sides))):
+        for c, side in reversed(levels):
             if len(self.up):
-                self.up.append(Up(channels, c) if resample == "conv" else Block(channels, c, dim, 1))
+                self.up.append(Resample(channels, c, 1) if resample == "conv" else Block(channels, c, dim, 1))
                 channels = c
             for _ in range(blocks):
                 self.up.append(Stage(Block(channels + c, c, dim), attend(c, side)))
@@ -225,8 +208,7 @@ class UNet(nn.Module):
         h, skips = self.first(fourier_input(x, self.fourier)), []
         for layer in self.down:  # every stage leaves its map for the stage of the same size on the way up
             if isinstance(layer, Stage):
-                h = layer(h, e, context)
-                skips.append(h)
+                skips.append(h := layer(h, e, context))
             else:
                 h = layer(h, e)
         for layer in self.middle:
@@ -242,7 +224,8 @@ class UNet(nn.Module):
 class MLP(nn.Module):
     """Residual MLP for points, with the U-Net's call. in_channels is the dimension of a point; depth counts hidden blocks."""
 
-    def __init__(self, in_channels, out_channels=None, width=128, depth=4, classes=0, z_dim=0, z_layers=4, context_dim=0, fourier=()):
+    def __init__(self, in_channels, out_channels=None, width=128, depth=4, classes=0, z_dim=0, z_layers=4, context_dim=0,
+                 fourier=()):
         super().__init__()
         self.fourier = tuple(fourier)
         self.embedding = Embedding(width, width, classes, z_dim, z_layers)
@@ -255,7 +238,7 @@ class MLP(nn.Module):
     def forward(self, x, t, label=None, z=None, context=None):
         e = self.embedding(t, label, z)
         x = fourier_input(x, self.fourier)
-        h = self.first(x if context is None else torch.cat([x, context.mean(1)], 1))  # a point has one pixel: it attends to the mean
+        h = self.first(x if context is None else torch.cat([x, context.mean(1)], 1))  # one pixel: it attends to the mean
         for block in self.blocks:
             scale, shift = block["scale_shift"](e).chunk(2, 1)
             h = h + block["out"](F.silu(block["hidden"](block["norm"](h) * (1 + scale) + shift)))
