@@ -127,13 +127,19 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None, x=None, clip
     of the seed's; clip: whether x0 is kept in [-1, 1] (pictures only). Returns (n, *shape).
     """
     tau = timesteps(c.T, steps, c.spacing)
-    coef = step_coefficients(c, tau).to(c.device)
+    coef, tau = step_coefficients(c, tau).to(c.device), tau.to(c.device)
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device) if x is None else x  # x_T
-    for i in runs.progress(range(steps - 1, -1, -1), f"samples {first} to {first + n - 1}"):
+
+    def step(x, i):  # i (1,): which of tau, on the device
         with runs.autocast(c):
-            out, out_uncond = guided(c, net, x, int(tau[i]), label)
-        x, x0 = denoise_step(x, out, coef[i], c.seed, first, int(tau[i]), STEP, out_uncond=out_uncond, guidance=c.guidance,
-                             clip=clip and len(shape) == 3, return_x0=True)
+            out, out_uncond = guided(c, net, x, tau[i], label)
+        return denoise_step(x, out, coef[i][0], c.seed, first, tau[i][0], STEP, out_uncond=out_uncond, guidance=c.guidance,
+                            clip=clip and len(shape) == 3, return_x0=True)
+
+    order = torch.arange(steps, device=c.device).flip(0)[:, None]
+    step = runs.captured(c, step, x, order[0])
+    for i in runs.progress(order, f"samples {first} to {first + n - 1}"):
+        x, x0 = step(x, i)
         if frames is not None:
             frames.append(x0.cpu())
     return x
@@ -142,17 +148,16 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None, x=None, clip
 @torch.no_grad()
 def encode(c, net, x, steps):
     """Clean pictures (n, C, H, W) to the noise x_T that deterministic sampling with as many steps turns into them again."""
-    coef, asked = encode_coefficients(c, timesteps(c.T, steps, c.spacing))
-    for i in runs.progress(range(steps), "encoding"):
+    for coef, asked in runs.progress(list(zip(*encode_coefficients(c, timesteps(c.T, steps, c.spacing)))), "encoding"):
         with runs.autocast(c):
-            out, _ = guided(c, net, x, int(asked[i]), None)
-        x = denoise_step(x, out, coef[i].to(c.device))
+            out, _ = guided(c, net, x, asked.to(c.device), None)
+        x = denoise_step(x, out, coef.to(c.device))
     return x
 
 
 def guided(c, net, x, t, label):
-    """The network's output with the label and, for guidance, without: one evaluation, of a doubled batch. t: a number."""
-    t = torch.full((len(x),), 1000 * t / c.T, device=x.device)
+    """The network's output with the label and, for guidance, without: one evaluation, of a doubled batch. t: one, on x's device."""
+    t = (t * (1000 / c.T)).expand(len(x))
     if label is None or c.guidance == 1:
         out, out_uncond = net(x, t, label), None
     else:
@@ -181,18 +186,16 @@ def train(c):
     ema = runs.EMA(net, c.ema)
     optimizer = torch.optim.Adam(net.parameters(), c.lr, fused=c.device.type != "mps")
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
-    began = run.step
     f = torch.compile(net) if c.compile else net
 
     ab = alpha_bar(c.schedule, c.T)
     a, s = ab.sqrt().float().to(c.device), (1 - ab).sqrt().float().to(c.device)
-    part = runs.rows(c.batch)
 
     for step in run:
         x0, label = runs.training_batch(data, c, step, c.flip)
         label = runs.drop_labels(label, c, step) if c.conditional else None
         t = (runs.spread(c, step) * c.T).long().clamp(max=c.T - 1).to(c.device) + 1  # each of 1..T as often as any other
-        x_t, eps = add_noise(x0, a[t], s[t], c.seed, part.start, step, NOISE)
+        x_t, eps = add_noise(x0, a[t], s[t], c.seed, runs.rows(c.batch).start, step, NOISE)
 
         with runs.autocast(c):
             out = f(x_t, t * (1000 / c.T), label)
@@ -200,8 +203,7 @@ def train(c):
         y = {"eps": eps, "x0": x0, "v": a[t].view(each) * eps - s[t].view(each) * x0}[c.predict]
         loss = (y - out.float()).square().mean()
 
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(1, step / max(1, c.warmup))
+        optimizer.param_groups[0]["lr"] = c.lr * min(1, step / max(1, c.warmup))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         runs.average_gradients(net.parameters())
@@ -209,7 +211,7 @@ def train(c):
         ema.update(net)
         run.log(loss=loss)
     runs.leave()
-    return run.step > began
+    return run.step > run.began
 
 
 # ============================================================================================================== Main

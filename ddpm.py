@@ -147,27 +147,32 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None):
     label: (n,) int64 or None; frames: a list that receives x0 as predicted at each step. Returns (n, *shape).
     """
     tau = timesteps(c.T, steps)
-    tables = step_tables(c, tau).to(c.device)
+    tables, tau = step_tables(c, tau).T.to(c.device), tau.to(c.device)
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
-    for t in runs.progress(tau.flip(0).tolist(), f"samples {first} to {first + n - 1}"):
+
+    def step(x, t):  # t (1,): on the device
         with runs.autocast(c):
             out, out_uncond = guided(c, net, x, t, label)
-        c_x, c_0, beta, beta_tilde, p_x, p_out = tables[:, t]
+        c_x, c_0, beta, beta_tilde, p_x, p_out = tables[t][0]
         v = None
         if c.variance == "learned":
             (out, v), out_uncond = out.float().chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
-        sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t > tau[0])  # no noise on the last step
+        sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t[0] > tau[0])  # no noise on the last step
         coef = torch.stack([p_x, p_out, c_x, c_0, sigma if v is None else torch.zeros_like(c_x)])
-        x, x0 = denoise_step(x, out, coef, c.seed, first, t, STEP, out_uncond=out_uncond, guidance=c.guidance,
-                             clip=len(shape) == 3, std=None if v is None else sigma, return_x0=True)
+        return denoise_step(x, out, coef, c.seed, first, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance,
+                            clip=len(shape) == 3, std=None if v is None else sigma, return_x0=True)
+
+    step = runs.captured(c, step, x, tau[-1:])
+    for t in runs.progress(tau.flip(0)[:, None], f"samples {first} to {first + n - 1}"):
+        x, x0 = step(x, t)
         if frames is not None:
             frames.append(x0.cpu())
     return x
 
 
 def guided(c, net, x, t, label):
-    """The network's output with the label and, for guidance, without: one evaluation, of a doubled batch. t: a number."""
-    t = torch.full((len(x),), 1000 * t / c.T, device=x.device)
+    """The network's output with the label and, for guidance, without: one evaluation, of a doubled batch. t: one, on x's device."""
+    t = (t * (1000 / c.T)).expand(len(x))
     if label is None or c.guidance == 1:
         return net(x, t, label), None
     return net(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), torch.cat([label, torch.full_like(label, c.labels)])).chunk(2)
@@ -185,27 +190,24 @@ def train(c):
     ema = runs.EMA(net, c.ema)
     optimizer = torch.optim.Adam(net.parameters(), c.lr, fused=c.device.type != "mps")
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
-    began = run.step
     f = torch.compile(net) if c.compile else net
 
     ab = alpha_bar(c.schedule, c.T)
     a, s = ab.sqrt().float().to(c.device), (1 - ab).sqrt().float().to(c.device)
     tables = step_tables(c, torch.arange(1, c.T + 1)).to(c.device)
-    part = runs.rows(c.batch)
 
     for step in run:
         x0, label = runs.training_batch(data, c, step, c.flip)
         label = runs.drop_labels(label, c, step) if c.conditional else None
         t = (runs.spread(c, step) * c.T).long().clamp(max=c.T - 1).to(c.device) + 1  # each of 1..T as often as any other
-        x_t, eps = add_noise(x0, a[t], s[t], c.seed, part.start, step, NOISE)
+        x_t, eps = add_noise(x0, a[t], s[t], c.seed, runs.rows(c.batch).start, step, NOISE)
 
         with runs.autocast(c):
             out = f(x_t, t * (1000 / c.T), label)
         each = [-1] + [1] * (x0.ndim - 1)
         value = loss(c, out.float(), x0, x_t, eps, a[t].view(each), s[t].view(each), t, tables)
 
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(1, step / max(1, c.warmup))
+        optimizer.param_groups[0]["lr"] = c.lr * min(1, step / max(1, c.warmup))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         runs.average_gradients(net.parameters())
@@ -213,7 +215,7 @@ def train(c):
         ema.update(net)
         run.log(loss=value)
     runs.leave()
-    return run.step > began
+    return run.step > run.began
 
 
 # ========================================================================================================== Evaluate

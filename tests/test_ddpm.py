@@ -15,7 +15,7 @@ M, V = 0.3, 0.04  # the data: N(M, V) in each value
 
 def settings(**more):
     c = dict(T=100, schedule="linear", predict="eps", variance="beta-tilde", conditional=False, guidance=1.0, labels=0, seed=0,
-             device=torch.device("cpu"), precision="fp32")
+             device=torch.device("cpu"), precision="fp32", compile=False)
     return SimpleNamespace(**{**c, **more})
 
 
