@@ -334,9 +334,13 @@ if triton is not None:
         return a, b
 
     @triton.jit
-    def sigmoid(z):
-        r = tl.rsqrt(1 + tl.exp2(z * -1.4426950408889634))  # one instruction each, a division is five; 1 / inf = 0
-        return r * r
+    def sigmoid(z, kind: tl.constexpr):
+        d = 1 + tl.exp2(z * -1.4426950408889634)  # exp2 is one instruction; overflow: 1 / inf = 0
+        if kind == tl.float32:
+            return 1 / d                    # five instructions
+        else:                               # two, right to 4e-7: more than 16 bits hold
+            r = tl.rsqrt(d)
+            return r * r
 
     @triton.jit
     def forward_kernel(
@@ -370,7 +374,7 @@ if triton is not None:
             a, b = coefficients(w_ptr, b_ptr, s_ptr, t_ptr, s_row, t_row, sample, c, has)
             y = (x - per_row(mean, BG, BC)) * (per_row(rstd, BG, BC) * a[:, None]) + b[:, None]
             if SILU:
-                y *= sigmoid(y)
+                y *= sigmoid(y, x_ptr.dtype.element_ty)
             tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), mask)
 
     @triton.jit
@@ -418,7 +422,7 @@ if triton is not None:
         xhat = (x - mean) * rstd
         if SILU:
             z = xhat * a[:, None] + b[:, None]
-            g = sigmoid(z)
+            g = sigmoid(z, x_ptr.dtype.element_ty)
             dz *= g * (1 + z * (1 - g))
         if STAGE != 2:
             s1 = tl.sum(dz, 1)              # values that do not exist have dz = 0
