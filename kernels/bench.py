@@ -414,6 +414,16 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
                 with torch.cuda.graph(graph):
                     sample()
                 ms["captured", "sampling"] = clock.ms(graph.replay, cold=False)
+        with contextlib.suppress(ImportError):  # google/ddpm-cifar10-32's network; per network evaluation
+            from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+            width, last = options["width"], len(options["multipliers"]) - 1
+            blocks = ["AttnDownBlock2D" if i == 1 else "DownBlock2D" for i in range(last + 1)]
+            net = UNet2DModel(sample_size=shape[-1], in_channels=shape[0], out_channels=shape[0], layers_per_block=2, norm_num_groups=min(32, width // 4),
+                              block_out_channels=[width * m for m in options["multipliers"]], down_block_types=blocks,
+                              up_block_types=[b.replace("Down", "Up") for b in reversed(blocks)]).to(clock.device, precision)
+            pipe = DDIMPipeline(net, DDIMScheduler())
+            pipe.set_progress_bar_config(disable=True)
+            ms["diffusers", "sampling"] = clock.ms(lambda: pipe(batch, num_inference_steps=5, output_type="np"), cold=False) / 5
         for (way, what), took in ms.items():
             ratio = f", x{ms['eager', what] / took:.2f} of eager PyTorch" if way != "eager" else ""
             line = f"{what} {unet} batch {batch}, {way}: {1000 * batch / took:.0f} images/s, {took:.2f} ms{ratio}"

@@ -17,9 +17,9 @@ kernels move the fewest, with so many instructions per element on sm_90 (30 of t
     add_noise, uint8 -> float32              9         53          40
     add_noise, float                        3 s        8 s     34, 16-bit 37
     denoise_step                           8 + s       80      39, 16-bit 42  (eager 84 + s where out must be widened)
-      with out_uncond                       + s       + 32         + 1
       with clamp                             0         + 8         + 2
-      with std                              + s        + 4         + 2
+      with out_uncond                       + s       + 32
+      with std                              + s        + 4     all, and x0: 46, 16-bit 53
     its backward                           8 + s       44
       with clamp                          12 + 2 s     56          14
 """
