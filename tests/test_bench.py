@@ -1,8 +1,14 @@
 """kernels/bench.py without a GPU: its comparison with float64, and every row that it times, on small shapes."""
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+
+from conftest import ROOT
 
 pytest.importorskip("triton")
 
@@ -37,3 +43,12 @@ def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
     monkeypatch.setattr(bench.group_norm, "group_norm", lambda *a, **k: right(*a, **k) * 1.001)
     with pytest.raises(AssertionError):
         bench.check("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available() or not shutil.which("compute-sanitizer"), reason="needs a GPU and compute-sanitizer")
+def test_gpu_no_access_out_of_bounds():
+    """Every kernel's launches under NVIDIA's checker; PyTorch must not keep freed memory, which would hide a wrong address."""
+    done = subprocess.run(["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", "import kernels.bench as b; b.check('cuda')"],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
