@@ -170,7 +170,7 @@ def tile_per_thread(arguments, options, warp=32):
 def static_table(dtypes, targets):
     """Lines of a table: of every kernel its tensors' bytes for each value of the tile, and what its machine code holds."""
     lines = [f"Not timed: there is no GPU here. Compiled ahead of time by Triton {triton.__version__}.", "",
-             "| kernel | type | bytes per value | " + " | ".join(f"{t}: registers, instructions per value" for t in targets) + " |",
+             "| kernel | type | bytes of its tensors per value | " + " | ".join(f"{t}: registers, instructions per value" for t in targets) + " |",
              "| --- | --- | --- | " + "--- | " * len(targets)]
     for dtype in dtypes:
         for name, (kernel, arguments, options) in cases(DTYPES[dtype]).items():
