@@ -167,6 +167,8 @@ class UNet(nn.Module):
         super().__init__()
         if resample not in ("conv", "biggan"):
             raise ValueError(f"unknown resample {resample!r}: choose conv or biggan")
+        if not multipliers:
+            raise ValueError("--multipliers names no level: give at least one, e.g. 1,2")
         if size < 2 ** (len(multipliers) - 1):
             raise ValueError(f"{len(multipliers)} levels need at least {2 ** (len(multipliers) - 1)} pixels a side, not {size}")
         dim = 4 * width

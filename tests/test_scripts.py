@@ -246,7 +246,7 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--train --multipliers 1,x", "whole numbers"), ("--train --heads 3 --fresh", "heads"), ("--train --width 16", "width = 8, not 16"),
     ("--train --checkpoint cut.pt", "--checkpoint"), ("--sample --precision fp8", "--precision"), ("--train --size 3", "--size"),
     ("--train --classes eleven", "eleven"), ("--train --data swirl --conditional", "--conditional"),
-    ("--sample --n 300 --out many.gif", "256"), ("--train --width 9 --fresh", "odd"), ("--evaluate --inception no.pt", "no.pt"), ("--train --data swirl --heads 2", "--heads is for pictures"),
+    ("--sample --n 300 --out many.gif", "256"), ("--train --width 9 --fresh", "odd"), ("--train --multipliers , --fresh", "no level"), ("--evaluate --inception no.pt", "no.pt"), ("--train --data swirl --heads 2", "--heads is for pictures"),
     ("--train --data gaussians --size 8", "--size is for pictures"), ("--sample --data swirl --out folder", ".npz"),
 ]
 
