@@ -137,6 +137,7 @@ def machine_code(kernel, arguments, options, target):
 
 
 def read_nvidia(cubin):
+    """The counts of machine_code from a compiled NVIDIA kernel, by the disassembler that comes with Triton."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -152,6 +153,7 @@ def read_nvidia(cubin):
 
 
 def read_amd(text):
+    """The same from AMD's assembly text; registers are a thread's vector registers."""
     number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
     return dict(registers=number("vgpr_count"), memory=number("private_segment_fixed_size"),
                 spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
@@ -222,12 +224,14 @@ def eager_norm(x, groups, weight, bias, scale, shift, silu):
 
 
 def eager_add_noise(x0, a, s):
+    """Noising as most repositories write it: (x_t, eps) of x0 (B, C, H, W), a, s (B,)."""
     x = x0.float() / 127.5 - 1 if x0.dtype == torch.uint8 else x0
     eps = torch.randn_like(x)
     return a[:, None, None, None] * x + s[:, None, None, None] * eps, eps
 
 
 def eager_denoise(x, out, coef):
+    """The update with clipped x0, an operator at a time; coef (5,) as in denoise_step."""
     p_x, p_out, c_x, c_0, c_n = coef
     x0 = (p_x * x + p_out * out).clamp(-1, 1)
     return c_x * x + c_0 * x0 + c_n * torch.randn_like(x)
