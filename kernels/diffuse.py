@@ -24,7 +24,7 @@ kernels move the fewest, with so many instructions per element on sm_90 (30 of t
       with clamp                          12 + 2 s     56          14
 
 Where layouts differ (a channels_last prediction beside a row-major state) the update takes 46, 16-bit 48; noising
-of channels_last pictures 57 and 63, with narrow accesses: a pass over three channels is short anyway.
+of channels_last pictures 57 and 63, with narrow accesses.
 """
 import torch
 from torch.autograd.function import once_differentiable

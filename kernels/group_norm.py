@@ -80,7 +80,7 @@ def group_norm(x, groups, weight, bias, scale=None, shift=None, *, silu=True, ep
     if triton is None or not x.is_cuda or x.dtype == torch.float64 or x.numel() == 0:
         return group_norm_torch(x, groups, weight, bias, scale, shift, silu, eps)
     x = x.contiguous(memory_format=_layout(x))
-    # A tracer or a tensor that is not real needs an operator that PyTorch knows; the eager way is four times as quick.
+    # A tracer or a tensor that is not real needs an operator that PyTorch knows, which costs more for each call.
     traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
     return (group_norm_op if traced else _GroupNorm.apply)(x, weight, bias, scale, shift, groups, silu, eps)[0]
 
