@@ -127,22 +127,22 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None, x=None, clip
     of the seed's; clip: whether x0 is kept in [-1, 1] (pictures only). Returns (n, *shape).
     """
     tau = timesteps(c.T, steps, c.spacing)
-    coef, tau = step_coefficients(c, tau).to(c.device), tau.to(c.device)
+    walk = zip(tau.flip(0).to(c.device)[:, None], step_coefficients(c, tau).flip(0).to(c.device))
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device) if x is None else x  # x_T
-
-    def step(x, i):  # i (1,): which of tau, on the device
-        with runs.autocast(c):
-            out, out_uncond = guided(c, net, x, tau[i], label)
-        return denoise_step(x, out, coef[i][0], c.seed, first, tau[i][0], STEP, out_uncond=out_uncond, guidance=c.guidance,
-                            clip=clip and len(shape) == 3, return_x0=True)
-
-    order = torch.arange(steps, device=c.device).flip(0)[:, None]
-    step = runs.captured(c, step, x, order[0])
-    for i in runs.progress(order, f"samples {first} to {first + n - 1}"):
-        x, x0 = step(x, i)
+    index = torch.arange(first, first + n, device=c.device)
+    for t, coef in runs.progress(list(walk), f"samples {first} to {first + n - 1}"):
+        x, x0 = runs.replayed(c, step, net, x, t, coef, index, label, clip and len(shape) == 3)
         if frames is not None:
             frames.append(x0.cpu())
-    return x
+    return x.clone()  # a graph's own result would change with its next replay
+
+
+def step(c, net, x, t, coef, index, label, clip):
+    """From x_t to x_s, and x0 as predicted. t (1,), coef (5,), index (n,): the step, its row and the samples, on x's device."""
+    with runs.autocast(c):
+        out, out_uncond = guided(c, net, x, t, label)
+    return denoise_step(x, out, coef, c.seed, index, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance, clip=clip,
+                        return_x0=True)
 
 
 @torch.no_grad()

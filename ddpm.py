@@ -146,28 +146,28 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None):
 
     label: (n,) int64 or None; frames: a list that receives x0 as predicted at each step. Returns (n, *shape).
     """
-    tau = timesteps(c.T, steps)
-    tables, tau = step_tables(c, tau).T.to(c.device), tau.to(c.device)
+    tables, tau = step_tables(c, tau := timesteps(c.T, steps)).T.to(c.device), tau.to(c.device)
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
-
-    def step(x, t):  # t (1,): on the device
-        with runs.autocast(c):
-            out, out_uncond = guided(c, net, x, t, label)
-        c_x, c_0, beta, beta_tilde, p_x, p_out = tables[t][0]
-        v = None
-        if c.variance == "learned":
-            (out, v), out_uncond = out.float().chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
-        sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t[0] > tau[0])  # no noise on the last step
-        coef = torch.stack([p_x, p_out, c_x, c_0, sigma if v is None else torch.zeros_like(c_x)])
-        return denoise_step(x, out, coef, c.seed, first, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance,
-                            clip=len(shape) == 3, std=None if v is None else sigma, return_x0=True)
-
-    step = runs.captured(c, step, x, tau[-1:])
+    index = torch.arange(first, first + n, device=c.device)
     for t in runs.progress(tau.flip(0)[:, None], f"samples {first} to {first + n - 1}"):
-        x, x0 = step(x, t)
+        x, x0 = runs.replayed(c, step, net, x, t, tables, tau[0], index, label)
         if frames is not None:
             frames.append(x0.cpu())
-    return x
+    return x.clone()  # a graph's own result would change with its next replay
+
+
+def step(c, net, x, t, tables, last, index, label):
+    """From x_t to x_s, and x0 as predicted. t (1,); last (): the t after which data come; index (n,): which samples; on x's device."""
+    with runs.autocast(c):
+        out, out_uncond = guided(c, net, x, t, label)
+    c_x, c_0, beta, beta_tilde, p_x, p_out = tables[t][0]
+    v = None
+    if c.variance == "learned":
+        (out, v), out_uncond = out.float().chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
+    sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t[0] > last)  # no noise on the last step
+    coef = torch.stack([p_x, p_out, c_x, c_0, sigma if v is None else torch.zeros_like(c_x)])
+    return denoise_step(x, out, coef, c.seed, index, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance,
+                        clip=x.ndim == 4, std=None if v is None else sigma, return_x0=True)
 
 
 def guided(c, net, x, t, label):

@@ -567,34 +567,47 @@ def progress(steps, what):
     return tqdm(steps, desc=what, leave=False, disable=rank() != 0 or not sys.stderr.isatty())
 
 
-def captured(c, step, x, i):
-    """step, or with --compile on CUDA the same captured as a CUDA graph, which spares the time between its launches.
+_graphs = {}  # of replayed: key -> c, the arguments it holds, the graph or None, what it returns
 
-    step(x, i) -> tensors, with i (1,) int64 on the device: all that changes from call to call must be in x and i. What a graph
-    returns holds until its next call. Where step cannot be captured, says why and returns step.
+
+def replayed(c, step, *args):
+    """step(c, *args) -> tensors; with --compile on CUDA by a CUDA graph, which spares the time between the step's launches.
+
+    The first call captures; later ones with the same step, the same other arguments (networks, flags: by identity) and tensors of
+    the same shapes copy their tensors into the graph and replay it. What it returns holds until its next replay. A step that
+    cannot be captured is called as it is, and why is said.
     """
     if not (c.compile and c.device.type == "cuda"):
-        return step
-    before, x, i, graph, side = torch.cuda.current_stream(), x.clone(), i.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        return step(c, *args)
+    key = (step, id(c), *((a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else id(a) for a in args))
+    if key not in _graphs:
+        held = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        _graphs[key] = c, held, *_captured(c, step, held)  # with c and held kept, no other object gets their id
+    _, held, graph, result = _graphs[key]
+    if graph is None:
+        return step(c, *args)
+    for mine, now in zip(held, args):
+        if isinstance(mine, torch.Tensor):
+            mine.copy_(now)
+    graph.replay()
+    return result
+
+
+def _captured(c, step, held):
+    """The graph of step(c, *held) and its result; None, None where that cannot be."""
+    before, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     try:
         side.wait_stream(before)
         with torch.cuda.stream(side):  # compiles, and lets the libraries take their work space
             for _ in range(2):
-                step(x, i)
+                step(c, *held)
         before.wait_stream(side)
         with torch.cuda.graph(graph):
-            result = step(x, i)
+            return graph, step(c, *held)
     except RuntimeError as fault:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own
         print(f"sampling without a CUDA graph: {' '.join(str(fault).split())}", file=sys.stderr)
-        return step
-
-    def replay(x_now, i_now):
-        x.copy_(x_now)
-        i.copy_(i_now)
-        graph.replay()
-        return result
-    return replay
+        return None, None
 
 
 class Stopwatch:

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +13,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import ddim
+import ddpm
 from common import runs
 from conftest import ROOT
 
@@ -270,3 +274,82 @@ runs.leave()
     for one, two in zip(torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")):
         assert one is not None and one.abs().max() > 0 or one.numel() == 1
         assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+class FakeGraph:
+    """A CUDA graph without CUDA: replay runs the step again on the very tensors it was captured with, into the same results."""
+
+    def __init__(self):
+        self.again = None
+
+    def replay(self):
+        for kept, new in zip(self.results, self.again()):
+            kept.copy_(new)
+
+
+def test_replayed_captures_once_for_each_shape_and_hands_over_every_tensor(monkeypatch):
+    captured = []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        captured.append(graph)
+        yield
+
+    def step(c, net, x, t, label):
+        def compute():
+            return net.scale * x + t, x - t if label is None else x * label
+        results = compute()
+        if captured and captured[-1].again is None:
+            captured[-1].again, captured[-1].results = compute, results
+        return results
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(current_stream=lambda: stream, Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(),
+                            CUDAGraph=FakeGraph, graph=capture).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(runs, "_graphs", {})
+    c = SimpleNamespace(compile=True, device=torch.device("cuda"))
+    plain = SimpleNamespace(compile=False, device=torch.device("cuda"))
+    nets = SimpleNamespace(scale=2.0), SimpleNamespace(scale=-1.0)
+    for net in nets:
+        for size in (4, 3, 4):  # the second batch of four replays the first one's graph
+            x = torch.arange(size).float()
+            for label in (None, torch.arange(size).float()):
+                for t in torch.tensor([[5.0], [2.0]]):
+                    for got, want in zip(runs.replayed(c, step, net, x, t, label), runs.replayed(plain, step, net, x, t, label)):
+                        assert_close(got, want)
+    assert len(captured) == 8  # two networks, two sizes, with label and without
+
+
+def test_replayed_without_capture_says_why_and_goes_on(monkeypatch, capsys):
+    def refuse(graph):
+        raise RuntimeError("operation not\npermitted when stream is capturing")
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(current_stream=lambda: stream, Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(),
+                            set_stream=lambda s: None, CUDAGraph=FakeGraph, graph=refuse).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(runs, "_graphs", {})
+    c = SimpleNamespace(compile=True, device=torch.device("cuda"))
+
+    def triple(c, x):
+        return 3 * x
+    for value in (1.0, 2.0):
+        assert runs.replayed(c, triple, torch.tensor(value)) == 3 * value
+    assert capsys.readouterr().err == "sampling without a CUDA graph: operation not permitted when stream is capturing\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", [ddpm, ddim])
+def test_gpu_a_replayed_step_gives_the_very_pictures_of_the_step(script, monkeypatch):
+    monkeypatch.setattr(runs, "_graphs", {})
+    torch.manual_seed(0)
+    fields = dataclasses.asdict(script.Config()) | dict(width=32, attention=(8,), labels=0, seed=3, precision="fp32", eta=1.0)
+    c = SimpleNamespace(**fields, device=torch.device("cuda:0"), compile=False)
+    net = script.network(c, (1, 16, 16)).cuda()
+    torch.nn.init.normal_(net.last.weight, std=0.1)
+    want = [script.sample(c, net, (1, 16, 16), first, size, 7) for first, size in ((0, 8), (8, 8), (16, 5))]
+    c.compile = True  # the network itself is not compiled: only the capture differs
+    got = [script.sample(c, net, (1, 16, 16), first, size, 7) for first, size in ((0, 8), (8, 8), (16, 5))]
+    assert len(runs._graphs) == 2 and all(graph is not None for _, _, graph, _ in runs._graphs.values())
+    for a, b in zip(got, want):
+        assert_close(a, b, rtol=0, atol=0)
