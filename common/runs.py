@@ -142,7 +142,7 @@ def parse(method, Config, recipes, doc):
     ends = {"iters", "minutes"}  # the user's replace both of the recipe's
     kept = c.given | ends if c.given & ends else c.given
     recipe = recipes.get(c.data if c.data in NAMED else "pictures", {})
-    vars(c).update({name: value for name, value in recipe.items() if name not in kept})
+    vars(c).update({name: type(fields[name].default)(value) for name, value in recipe.items() if name not in kept})  # 14 is 14.0 too
     c.train_fields = {f.name: f.metadata for f in dataclasses.fields(Config) if "train" in uses[f.name]} | {"seed": fields["seed"].metadata}
     c.name = Path(c.data).resolve().name.split(".")[0]
     c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
@@ -230,13 +230,13 @@ def training_batch(data, c, step, flip=False):
     return data.batch(batch_index(len(data), c.batch, c.seed, step)[part], c.device, mirrored)
 
 
-def spread(c, step):
-    """This process's part of one u in [0, 1) for each sample of update `step`'s batch, float64 (b,), on the CPU.
+def spread(c, step, part=None):
+    """One u in [0, 1) for each sample of update `step`'s batch, or of its part, by default this process's: float64, on the CPU.
 
     One in each of `batch` equal parts, all shifted alike: a batch's mean varies less (Kingma 2021, appendix I.1).
     """
     shift = torch.rand((), generator=generator(c.seed, TIME, step), dtype=torch.float64)
-    return ((torch.arange(c.batch) + shift) / c.batch)[rows(c.batch)]
+    return ((torch.arange(c.batch) + shift) / c.batch)[rows(c.batch) if part is None else part]
 
 
 def count_labels(c, classes):
@@ -464,7 +464,7 @@ class Run:
         first, before, saved_at, start = self.step, self.seconds, self.seconds, time.monotonic() - self.seconds
         done = interrupted = False
         bar = tqdm(desc=str(self.c.run), total=self.c.iters, initial=self.step, disable=rank() != 0,
-                   mininterval=0.2 if sys.stderr.isatty() else 10,
+                   mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True,
                    bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
         try:
             while not (done or interrupted):
@@ -475,7 +475,7 @@ class Run:
                 if logs:
                     rate = (self.step - first) / max(self.seconds - before, 1e-9)
                     left = tqdm.format_interval(max(0, min((self.c.iters - self.step) / rate, self.limit - self.seconds)))
-                    bar.set_postfix_str(f"{self._flush()}, {rate * self.c.batch:.0f} images/s, {left} left", refresh=False)
+                    bar.set_postfix_str(f"{left} left, {rate * self.c.batch:.0f} images/s, {self._flush()}", refresh=False)
                 bar.update()
                 if logs or self.step >= self.c.iters or world() == 1:  # several processes stop at the same update
                     done, interrupted = self._agree(self._finished(), self.interrupted)
@@ -510,10 +510,11 @@ class Run:
         return largest.tolist()
 
     def log(self, **values):
-        """One update's scalars (0-d tensors or floats); averaged over LOG_EVERY updates into a row of metrics.csv."""
-        self.names = list(values)
-        self.window.append(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.c.device).detach()
-                                        for v in values.values()]))
+        """One update's numbers, averaged over LOG_EVERY updates into a row of metrics.csv: scalars (0-d tensors or floats), or
+        vectors (k,), which become the columns name_1 to name_k."""
+        values = {n: torch.as_tensor(v, dtype=torch.float32, device=self.c.device).detach() for n, v in values.items()}
+        self.columns = {n: [n] if v.ndim == 0 else [f"{n}_{i}" for i in range(1, len(v) + 1)] for n, v in values.items()}
+        self.window.append(torch.cat([v.reshape(-1) for v in values.values()]))
 
     def _flush(self):
         """Write the row of the updates since the last one; stop if any value in it is not finite. Returns it as text."""
@@ -530,10 +531,18 @@ class Run:
             with inputs(), open(self.table, "a", newline="") as file:
                 rows = csv.writer(file)
                 if not file.tell():
-                    rows.writerow(["step", "seconds", *self.names])
+                    rows.writerow(["step", "seconds", *sum(self.columns.values(), [])])
                 rows.writerow([self.step, f"{self.seconds:.2f}", *[f"{m:.9g}" for m in means]])
         self.window = []
-        return ", ".join(f"{n} {m:.4f}" for n, m in zip(self.names, means))
+        means = iter(means)
+        self.last = {n: [next(means) for _ in columns] for n, columns in self.columns.items()}
+        return ", ".join(f"{n} {v[0]:.4f}" if len(v) == 1 else f"{n} " + " ".join(f"{x:.2f}" for x in v) for n, v in self.last.items())
+
+    def warn(self, message):
+        """Say it above the bar, on stderr; None is nothing to say. run.last, {name: [means]}, is the row written last."""
+        if message and rank() == 0:
+            from tqdm import tqdm
+            tqdm.write(f"update {self.step}: {message}", file=sys.stderr)
 
     def save(self):
         """Write checkpoint.pt: all or nothing, and no weights that are not finite."""

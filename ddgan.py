@@ -1,0 +1,332 @@
+"""DDGAN: denoising diffusion GAN. Xiao, Kreis, Vahdat 2021 (arXiv:2112.07804), "Tackling the generative learning trilemma".
+
+    python ddgan.py --train                         # digits, drawn on the spot
+    python ddgan.py --sample --n 100                # T = 4 network evaluations each
+    python ddgan.py --evaluate                      # FCD, precision, recall, ..., modes
+    python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
+    python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
+"""
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import metrics, pictures, runs
+from common.runs import NOISE, START, STEP, option
+from common.schedules import alpha_bar, posterior
+from common.unet import MLP, Block, Embedding, UNet, norm
+from kernels.diffuse import add_noise, denoise_step
+from kernels.noise import randn
+
+
+# ============================================================================================================ Config
+@dataclass
+class Config:
+    """This script's own flags; common/runs.py has the shared ones, and RECIPES what a data set changes."""
+    T: int = option(4, "steps from data to noise, each a network evaluation; 1 is a plain GAN", low=1, high=8)
+    z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
+    fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
+                       "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
+    gan_loss: str = option("softplus", "of the logits, or bce: sigmoid, then log", choices=("softplus", "bce"))
+    r1: float = option(0.05, "weight gamma of the gradient penalty gamma/2 |grad D|^2 on real pairs", low=0)
+    r1_every: int = option(15, "updates from penalty to penalty", low=1)
+    conditional: bool = option(False, "both networks learn class labels too")
+    steps: int = option(0, "network evaluations, which is T and nothing else", "sample evaluate", low=1)
+    label: int = option(-1, "draw only this class; default each in turn", "sample", low=0)
+
+    width: int = option(64, "channels of the generator at full resolution", low=1)
+    multipliers: tuple = option((1, 2, 2), "of the width, one for each level of the U-Net", low=1)
+    blocks: int = option(1, "residual blocks a level", low=1)
+    attention: tuple = option((16, 8), "sides of the maps that attend, where there are such; none: ''", low=1)
+    heads: int = option(4, "attention heads", low=1)
+    resample: str = option("biggan", "between levels", choices=("conv", "biggan"))
+    width_d: int = option(64, "channels of the discriminator at full resolution", low=2)
+
+    iters: int = option(100_000, "updates in all, each of both networks", low=1)
+    minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
+    pretrain: int = option(0, "updates before, in which the generator learns x0 by least squares", low=0)
+    batch: int = option(64, "pictures in an update", low=4)
+    lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
+    lr_d: float = option(5e-4, "of the discriminator's", above=0)
+    beta1: float = option(0.5, "of Adam", low=0, high=0.999)
+    decay: int = option(0, "updates over which both rates fall to 1e-5, along a cosine; 0: constant", low=0)
+    ema: float = option(0.999, "decay of the mean of the weights that samples are drawn with", low=0, high=0.999999)
+    flip: bool = option(False, "mirror half of the pictures")
+
+
+RECIPES = {  # what differs from Config, by data set; `pictures` is any path
+    "digits": dict(width=32, attention=(), iters=100_000, minutes=14),
+    "stacked": dict(attention=(), iters=20_000),
+    "swirl": dict(width=128, width_d=128, batch=256, iters=10_000, minutes=8),
+    "gaussians": dict(width=128, width_d=128, batch=256, iters=10_000, minutes=8),
+    "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
+    "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
+    "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02,
+                    decay=400_000, iters=400_000, ema=0.9999, flip=True),  # the paper, appendix C
+    "pictures": dict(flip=True),
+}
+
+# ========================================================================================================== Notation
+# x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  s = t - 1;  z (B, c.z) the latent;  x_s, x_t the pictures after s and t steps
+# x0' = tanh(G(x_t, z, t)) is what G makes of x_t;  D(x_s, x_t, t) > 0 says that x_s is real
+
+
+# ======================================================================================================== The method
+def network(c, shape):
+    """The generator for data of this shape, (C, H, W) or (2,)."""
+    if len(shape) == 1:
+        return MLP(shape[0], shape[0], c.width, classes=c.labels, z_dim=c.z)
+    return UNet(shape[0], shape[0], shape[-1], c.width, c.multipliers, c.blocks, c.attention, c.heads, c.labels, c.z,
+                resample=c.resample).to(memory_format=torch.channels_last)  # spares a copy at each convolution
+
+
+class Discriminator(nn.Module):
+    """D(x_s, x_t, t, label) -> logits (B,). The U-Net's blocks, from half of the map's side down to 4; for points its MLP."""
+
+    def __init__(self, shape, width, classes):
+        super().__init__()
+        self.register_buffer("r1", torch.zeros(()))  # the last penalty, to be shown until the next
+        if len(shape) == 1:
+            self.mlp = MLP(2 * shape[0] + 1, 1, width, classes=classes)
+            return
+        downs = max(1, round(math.log2(shape[-1] / 4)))
+        channels = [width * min(2 ** i, 4) for i in range(downs)]
+        self.embedding = Embedding(width, 4 * width, classes)
+        self.first = nn.Conv2d(2 * shape[0], width, 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList(Block(a, b, 4 * width, -1 if i else 0) for i, (a, b) in enumerate(zip([width, *channels], channels)))
+        self.norm, self.mix = norm(channels[-1]), nn.Conv2d(channels[-1] + 1, channels[-1], 3, padding=1)
+        side = shape[-1] // 2
+        for _ in range(downs - 1):
+            side = -(-side // 2)
+        self.last = nn.Linear(channels[-1] * side ** 2, 1)
+
+    def forward(self, x_s, x_t, t, label=None):
+        x = torch.cat([x_s, x_t], 1)
+        if x.ndim == 2:
+            return self.mlp(torch.cat([x, spread_of_fours(x_s)], 1), t, label).squeeze(1)
+        e, h = self.embedding(t, label), self.first(x)
+        for block in self.blocks:
+            h = block(h, e)
+        h = F.silu(self.mix(torch.cat([self.norm(h), spread_of_fours(h)], 1)))
+        return self.last(h.flatten(1)).squeeze(1)
+
+
+def spread_of_fours(h):
+    """The minibatch standard deviation (Karras 2017) of four consecutive samples each, as one more channel: (B, 1, ...)."""
+    fours = h.to(torch.promote_types(h.dtype, torch.float32)).unflatten(0, (-1, 4))
+    std = (fours.var(1, unbiased=False) + 1e-8).sqrt().flatten(1).mean(1)  # (B / 4,)
+    return std.repeat_interleave(4).view(-1, *[1] * (h.ndim - 1)).expand(-1, 1, *h.shape[2:]).to(h.dtype)
+
+
+def forward_table(c):
+    """sqrt(alpha_bar_s), sqrt(1 - alpha_bar_s) of x_s from x0, and sqrt(1 - beta_t), sqrt(beta_t) of x_t from x_s: float32 (4, T + 1)."""
+    ab = alpha_bar("ddgan", c.T)
+    s = torch.arange(-1, c.T).clamp(min=0)
+    beta = 1 - ab / ab[s]
+    return torch.stack([ab[s].sqrt(), (1 - ab[s]).sqrt(), (1 - beta).sqrt(), beta.sqrt()]).float()
+
+
+def reverse_table(c):
+    """From what G makes to x_s, by t: float32 (T + 1, 5), the coefficients of kernels/diffuse.py's update; row 0 is unused."""
+    ab = alpha_bar("ddgan", c.T)
+    s = torch.arange(-1, c.T).clamp(min=0)
+    c_x, c_0, _, beta_tilde = posterior(ab, ab[s])
+    zero, one = torch.zeros_like(ab), torch.ones_like(ab)
+    rest = {"posterior": (c_x, c_0, beta_tilde.sqrt()),  # eq. 4: x_s ~ q(x_s | x_t, x0')
+            "renoise": (zero, ab[s].sqrt(), (1 - ab[s]).sqrt()),  # x_s ~ q(x_s | x0'), which forgets x_t
+            "direct": (zero, one, zero)}[c.fake]
+    return torch.stack([zero, one, *rest], 1).float()
+
+
+def real_pair(c, x0, t, table, draw):
+    """x_s and x_t of the forward process: x_t is made of x_s."""
+    first = runs.rows(c.batch).start
+    x_s = add_noise(x0, table[0, t], table[1, t], c.seed, first, draw, NOISE, return_eps=False)
+    return x_s, add_noise(x_s, table[2, t], table[3, t], c.seed, first, draw + 1, NOISE, return_eps=False)
+
+
+def generate(c, net, x_t, t, z, label=None):
+    """x0' (B, ...) in float32; with --fake direct x_s itself, which has no bound."""
+    with runs.autocast(c):
+        out = net(x_t, t * (1000 / c.T), label, z if c.z else None)
+    return out.float() if c.fake == "direct" else out.float().tanh()
+
+
+def fake_half(c, net, x_t, t, table, draw, label):
+    """x_s as the generator would have it, differentiable, and x0'."""
+    first = runs.rows(c.batch).start
+    z = randn((len(x_t), max(c.z, 1)), c.seed, first, draw + 2, NOISE, device=c.device)
+    x0 = generate(c, net, x_t, t, z, label)
+    return denoise_step(x_t, x0, table[t], c.seed, first, draw + 3, NOISE), x0
+
+
+def gan_loss(c, logit, real):
+    """Of each sample: softplus(-logit) to be taken for real, softplus(logit) for fake; or the same by way of the probability."""
+    if c.gan_loss == "bce":
+        return F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, float(real)), reduction="none")
+    return F.softplus(-logit if real else logit)
+
+
+def penalty(logit, x_s):
+    """|grad D|^2 at real x_s, the mean over the batch: R1 without its weight (Mescheder 2018), differentiable."""
+    grad, = torch.autograd.grad(logit.sum(), x_s, create_graph=True)
+    return grad.square().flatten(1).sum(1).mean()
+
+
+def trouble(real, fake, spread):
+    """What is wrong, in words with what usually helps, or None. real, fake: D's accuracy at each t; spread: of x0', over the data's."""
+    if spread < 0.1:
+        return (f"what G makes hardly varies (its standard deviation is {spread:.0%} of the data's): a collapse. What usually helps: "
+                "a smaller --lr, a larger --r1, some --pretrain")
+    sure = [t for t, worst in enumerate(map(min, zip(real, fake)), 1) if worst > 0.995]
+    if sure:
+        return (f"D tells every real pair from every fake one at t = {', '.join(map(str, sure))}, so that G learns little. What usually "
+                "helps: a larger --r1, a smaller --lr-d or --width-d, --fake posterior")
+
+
+# ============================================================================================================ Sample
+@torch.no_grad()
+def sample(c, net, shape, first, n, label=None, frames=None):
+    """Draw samples first .. first + n - 1 of c.seed with T network evaluations (eq. 6).
+
+    label: (n,) int64 or None; frames: a list that receives x0' of each step. Returns (n, *shape).
+    """
+    x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
+    index, table = torch.arange(first, first + n, device=c.device), reverse_table(c).to(c.device)
+    for t in torch.arange(c.T, 0, -1, device=c.device)[:, None]:
+        x, x0 = runs.replayed(c, step, net, x, t, table, index, label)
+        if frames is not None:
+            frames.append(x0.cpu())
+    return x.clone()  # a graph's own result would change with its next replay
+
+
+def step(c, net, x, t, table, index, label):
+    """From x_t to x_s, and x0'. t (1,), index (n,): which step and which samples, on x's device."""
+    z = randn((len(x), max(c.z, 1)), c.seed, index, t[0], START, device=x.device)
+    x0 = generate(c, net, x, t.expand(len(x)), z, label)
+    return denoise_step(x, x0, table[t][0], c.seed, index, t[0], STEP), x0
+
+
+# ============================================================================================================= Train
+def train(c):
+    """Both networks in turn, each with its own t, noise and z. Returns whether there was anything left to train."""
+    runs.join(c)
+    data = runs.load_data(c)
+    c.labels = runs.count_labels(c, data.classes)
+    torch.manual_seed(c.seed)
+    with runs.inputs():
+        net = network(c, data.shape).to(c.device)
+        critic = Discriminator(data.shape, c.width_d, c.labels).to(c.device, memory_format=torch.channels_last)
+    ema = runs.EMA(net, c.ema)
+    optimizer, optimizer_d = (torch.optim.Adam(n.parameters(), lr, (c.beta1, 0.9), fused=c.device.type != "mps")
+                              for n, lr in ((net, c.lr), (critic, c.lr_d)))
+    run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic, optimizer_d=optimizer_d)
+    G, D = (torch.compile(net), torch.compile(critic)) if c.compile else (net, critic)
+    forward, reverse = forward_table(c).to(c.device), reverse_table(c).to(c.device)
+
+    def judged(x_s, x_t, t, label):
+        with runs.autocast(c):
+            return D(x_s, x_t, t * (1000 / c.T), label).float()
+
+    def times(draw, part=None):  # each of 1..T as often as any other
+        return (runs.spread(c, draw, part) * c.T).long().clamp(max=c.T - 1).to(c.device) + 1
+
+    def by_t(value, t, draw):  # means over the samples of each t: (T,); of the whole batch, once Run has averaged the processes
+        count = times(draw, slice(None)).bincount(minlength=c.T + 1)[1:]
+        return torch.zeros(c.T, device=c.device).index_add(0, t - 1, value.detach().float()) * runs.world() / count
+
+    for step in run:
+        x0, label = runs.training_batch(data, c, step, c.flip)
+        label = torch.where(label < 0, c.labels, label) if c.conditional else None
+        done = min(1, step / c.decay) if c.decay else 0
+        for o, lr in ((optimizer, c.lr), (optimizer_d, c.lr_d)):
+            o.param_groups[0]["lr"] = 1e-5 + (lr - 1e-5) * (1 + math.cos(math.pi * done)) / 2
+
+        # The discriminator: real pairs against fake ones of the same x_t
+        t, draw = times(2 * step), 8 * step
+        x_s, x_t = real_pair(c, x0, t, forward, draw)
+        with torch.no_grad():
+            fake, _ = fake_half(c, G, x_t, t, reverse, draw, label)
+        penalised = c.r1 > 0 and step % c.r1_every == 0
+        real_logit, fake_logit = judged(x_s.requires_grad_(penalised), x_t, t, label), judged(fake, x_t, t, label)
+        loss_d = gan_loss(c, real_logit, True) + gan_loss(c, fake_logit, False)
+        loss = loss_d.mean()
+        if penalised:
+            r1 = penalty(real_logit, x_s)
+            critic.r1, loss = r1.detach(), loss + c.r1 / 2 * r1  # lazily, yet not multiplied by the interval
+        optimizer_d.zero_grad(set_to_none=True)
+        loss.backward()
+        runs.average_gradients(critic.parameters())
+        optimizer_d.step()
+
+        # The generator, with t, noise and z of its own
+        u, draw = times(2 * step + 1), 8 * step + 4
+        _, x_u = real_pair(c, x0, u, forward, draw)
+        fake, x0_ = fake_half(c, G, x_u, u, reverse, draw, label)
+        loss_g = gan_loss(c, judged(fake, x_u, u, label), True)
+        optimizer.zero_grad(set_to_none=True)
+        error = (x0_ - x0).square().mean()
+        (error if step <= c.pretrain else loss_g.mean()).backward(inputs=list(net.parameters()))
+        runs.average_gradients(net.parameters())
+        optimizer.step()
+        ema.update(net)
+
+        run.log(loss_d=by_t(loss_d, t, 2 * step), loss_g=by_t(loss_g, u, 2 * step + 1), r1=critic.r1, real=by_t(real_logit > 0, t, 2 * step),
+                fake=by_t(fake_logit < 0, t, 2 * step), error=error,
+                spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
+        if step % 500 == 0 and step > c.pretrain + 500:
+            run.warn(trouble(run.last["real"], run.last["fake"], run.last["spread"][0]))
+    runs.leave()
+    return run.step > run.began
+
+
+# ============================================================================================================== Main
+def check(c):
+    """What the flags of one command, or flags and checkpoint together, cannot mean."""
+    with runs.inputs():
+        if c.steps not in (0, c.T):
+            raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
+        if c.batch % 4:
+            raise ValueError(f"--batch {c.batch} is no multiple of 4")
+        if "heads" in c.given and not c.attention:
+            raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
+        if not c.conditional and c.label >= 0:
+            raise ValueError("--label needs a model trained with --conditional")
+
+
+def main():
+    c = runs.parse("ddgan", Config, RECIPES, __doc__)
+    if c.train:
+        check(c)
+        runs.finish(c, train(c))
+    if runs.rank() != 0 or not (c.sample or c.evaluate):
+        return
+    saved, c = runs.trained(c)
+    check(c)
+    shape, c.labels = saved["data"]["shape"], runs.count_labels(c, saved["data"]["classes"])
+    with runs.inputs():
+        ema = runs.EMA(network(c, shape).to(c.device), c.ema)
+        runs.load_states(saved, c.checkpoint, ema=ema)
+    net = torch.compile(ema.net) if c.compile else ema.net
+    if c.sample:
+        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.n or 64, c.label)
+        x, watch = draw(c, net, shape, c.n or 64, label, frames)
+        with runs.inputs():
+            print(watch.report(c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
+    if c.evaluate:
+        x, watch = draw(c, net, shape, c.n or 1000, runs.sample_labels(c, c.n or 1000))
+        metrics.write_result(c, metrics.judge(c, x, c.T, watch))
+
+
+def draw(c, net, shape, n, label, frames=None):
+    """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
+    watch = runs.Stopwatch(c.device)
+    return torch.cat([sample(c, net, shape, first, size, None if label is None else label[first:first + size], frames).cpu()
+                      for first, size in watch.batches(n)]), watch
+
+
+if __name__ == "__main__":
+    main()
