@@ -47,7 +47,8 @@ class Config:
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    pretrain: int = option(0, "updates before, in which the generator learns x0 by least squares", low=0)
+    pretrain: int = option(0, "first updates, in which the generator learns x0 by least squares and the discriminator to tell", low=0)
+    lr_pretrain: float = option(2e-3, "the generator's learning rate in them", above=0)
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
     lr_d: float = option(5e-4, "of the discriminator's", above=0)
@@ -195,19 +196,20 @@ def sample(c, net, shape, first, n, label=None, frames=None):
     label: (n,) int64 or None; frames: a list that receives x0' of each step. Returns (n, *shape).
     """
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
-    index, table = torch.arange(first, first + n, device=c.device), reverse_table(c).to(c.device)
+    table = reverse_table(c).to(c.device)
+    index, seed = torch.arange(first, first + n, device=c.device), torch.tensor(c.seed, device=c.device)
     for t in torch.arange(c.T, 0, -1, device=c.device)[:, None]:
-        x, x0 = runs.replayed(c, step, net, x, t, table, index, label)
+        x, x0 = runs.replayed(c, step, net, x, t, table, seed, index, label)
         if frames is not None:
             frames.append(x0.cpu())
     return x.clone()  # a graph's own result would change with its next replay
 
 
-def step(c, net, x, t, table, index, label):
-    """From x_t to x_s, and x0'. t (1,), index (n,): which step and which samples, on x's device."""
-    z = randn((len(x), max(c.z, 1)), c.seed, index, t[0], START, device=x.device)
+def step(c, net, x, t, table, seed, index, label):
+    """From x_t to x_s, and x0'. t (1,), seed (), index (n,): which step and samples, on x's device."""
+    z = randn((len(x), max(c.z, 1)), seed, index, t[0], START, device=x.device)
     x0 = generate(c, net, x, t.expand(len(x)), z, label)
-    return denoise_step(x, x0, table[t][0], c.seed, index, t[0], STEP), x0
+    return denoise_step(x, x0, table[t][0], seed, index, t[0], STEP), x0
 
 
 # ============================================================================================================= Train
@@ -244,6 +246,8 @@ def train(c):
         done = min(1, step / c.decay) if c.decay else 0
         for o, lr in ((optimizer, c.lr), (optimizer_d, c.lr_d)):
             o.param_groups[0]["lr"] = 1e-5 + (lr - 1e-5) * (1 + math.cos(math.pi * done)) / 2
+        if step <= c.pretrain:
+            optimizer.param_groups[0]["lr"] = c.lr_pretrain * min(1, step / 100)
 
         # The discriminator: real pairs against fake ones of the same x_t
         t, draw = times(2 * step), 8 * step

@@ -129,19 +129,19 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None, x=None, clip
     tau = timesteps(c.T, steps, c.spacing)
     walk = zip(tau.flip(0).to(c.device)[:, None], step_coefficients(c, tau).flip(0).to(c.device))
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device) if x is None else x  # x_T
-    index = torch.arange(first, first + n, device=c.device)
+    index, seed = torch.arange(first, first + n, device=c.device), torch.tensor(c.seed, device=c.device)
     for t, coef in runs.progress(list(walk), f"samples {first} to {first + n - 1}"):
-        x, x0 = runs.replayed(c, step, net, x, t, coef, index, label, clip and len(shape) == 3)
+        x, x0 = runs.replayed(c, step, net, x, t, coef, seed, index, label, clip and len(shape) == 3)
         if frames is not None:
             frames.append(x0.cpu())
     return x.clone()  # a graph's own result would change with its next replay
 
 
-def step(c, net, x, t, coef, index, label, clip):
-    """From x_t to x_s, and x0 as predicted. t (1,), coef (5,), index (n,): the step, its row and the samples, on x's device."""
+def step(c, net, x, t, coef, seed, index, label, clip):
+    """From x_t to x_s, and x0 as predicted. t (1,), coef (5,), seed (), index (n,): the step, its row, which samples, on x's device."""
     with runs.autocast(c):
         out, out_uncond = guided(c, net, x, t, label)
-    return denoise_step(x, out, coef, c.seed, index, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance, clip=clip,
+    return denoise_step(x, out, coef, seed, index, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance, clip=clip,
                         return_x0=True)
 
 

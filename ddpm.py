@@ -148,16 +148,16 @@ def sample(c, net, shape, first, n, steps, label=None, frames=None):
     """
     tables, tau = step_tables(c, tau := timesteps(c.T, steps)).T.to(c.device), tau.to(c.device)
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
-    index = torch.arange(first, first + n, device=c.device)
+    index, seed = torch.arange(first, first + n, device=c.device), torch.tensor(c.seed, device=c.device)
     for t in runs.progress(tau.flip(0)[:, None], f"samples {first} to {first + n - 1}"):
-        x, x0 = runs.replayed(c, step, net, x, t, tables, tau[0], index, label)
+        x, x0 = runs.replayed(c, step, net, x, t, tables, tau[0], seed, index, label)
         if frames is not None:
             frames.append(x0.cpu())
     return x.clone()  # a graph's own result would change with its next replay
 
 
-def step(c, net, x, t, tables, last, index, label):
-    """From x_t to x_s, and x0 as predicted. t (1,); last (): the t after which data come; index (n,): which samples; on x's device."""
+def step(c, net, x, t, tables, last, seed, index, label):
+    """From x_t to x_s, and x0 as predicted. t (1,); last (): the t after which data come; seed (), index (n,): which samples; on x's device."""
     with runs.autocast(c):
         out, out_uncond = guided(c, net, x, t, label)
     c_x, c_0, beta, beta_tilde, p_x, p_out = tables[t][0]
@@ -166,7 +166,7 @@ def step(c, net, x, t, tables, last, index, label):
         (out, v), out_uncond = out.float().chunk(2, 1), out_uncond if out_uncond is None else out_uncond.chunk(2, 1)[0]
     sigma = (0.5 * log_variance(c.variance, beta, beta_tilde, v)).exp() * (t[0] > last)  # no noise on the last step
     coef = torch.stack([p_x, p_out, c_x, c_0, sigma if v is None else torch.zeros_like(c_x)])
-    return denoise_step(x, out, coef, c.seed, index, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance,
+    return denoise_step(x, out, coef, seed, index, t[0], STEP, out_uncond=out_uncond, guidance=c.guidance,
                         clip=x.ndim == 4, std=None if v is None else sigma, return_x0=True)
 
 

@@ -27,7 +27,6 @@ Where layouts differ (a channels_last prediction beside a row-major state) the u
 of channels_last pictures 57 and 63, with narrow accesses.
 """
 import torch
-from torch.autograd.function import once_differentiable
 
 from kernels.noise import FLOATS, QUADS, WARPS, check_rng, grid, randn, rng_args, traced, triton
 
@@ -77,6 +76,18 @@ def _denoise_plain(x, out, coef, eps, out_uncond, guidance, clip, std):
     return x_prev.to(x.dtype), x0.to(x.dtype)
 
 
+def _denoise_backward_plain(g, h, x, out, out_uncond, coef, guidance, clip, guided):
+    """Gradients of x, out and out_uncond from those of x_prev and x0 (or None). Without clip x, out and out_uncond are not read."""
+    p_x, p_out, c_x, c_0, _ = (_per_row(c, g, torch.float32) for c in coef.unbind(-1))
+    w = _per_row(guidance, g, torch.float32) if isinstance(guidance, torch.Tensor) else guidance
+    g = g.float()
+    d = c_0 * g if h is None else c_0 * g + h.float()
+    if clip:
+        o = out.float() if out_uncond is None else out_uncond.float() + w * (out.float() - out_uncond.float())
+        d = d * (p_x * x.float() + p_out * o).abs().le(1)
+    return c_x * g + p_x * d, p_out * d * (w if guided else 1), p_out * d * (1 - w)
+
+
 # ------------------------------------------------------------------------------------------------- Triton
 
 if triton is not None:
@@ -121,7 +132,7 @@ if triton is not None:
             source = e + tl.load(flip_ptr + b).to(tl.int32) * (WIDTH - 1 - 2 * (e % WIDTH))
         x = _load(x_ptr, source, mask, b, x_b, x_c, x_p, SPATIAL)
         if x_ptr.dtype.element_ty == tl.uint8:
-            x = x * 0.00784313725490196 - 1.0  # / 127.5
+            x = (x - 127.5) * 0.00784313725490196  # x / 127.5 - 1 in one fused step would pass 1 at 255
         n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS,
                     y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(a_ptr + b) * x + tl.load(s_ptr + b) * n
@@ -328,17 +339,20 @@ class _DenoiseStep(torch.autograd.Function):
         return y, x0
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, h):
         coef, guidance, x, out, out_uncond = ctx.saved_tensors
         if g is None:
             if h is None:
                 return (None,) * 9
             g = torch.zeros_like(h)
-        grads = [_like(g, dtype) if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad)]
         guidance = ctx.guidance if guidance is None else guidance
-        guided = ctx.dtypes[2] is not None
-        _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided, *grads)
+        needs, guided = ctx.needs_input_grad[:3], ctx.dtypes[2] is not None
+        if torch.is_grad_enabled():  # create_graph: these gradients may be differentiated themselves, so by operators that can be
+            grads = _denoise_backward_plain(g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided)
+            grads = [d.to(dtype) if need else None for d, dtype, need in zip(grads, ctx.dtypes, needs)]
+        else:
+            grads = [_like(g, dtype) if need else None for dtype, need in zip(ctx.dtypes, needs)]
+            _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided, *grads)
         return *grads, None, None, None, None, None, None
 
 
@@ -380,6 +394,8 @@ def add_noise(x0, a, s, seed, sample=0, step=0, stream=0, *, flip=None, return_e
     _check("s", s, x0, FLOATS, [(rows,)])
     if flip is not None:
         _check("flip", flip, x0, (torch.bool,), [(rows,)])
+        if x0.dim() < 2:
+            raise ValueError("flip mirrors the last axis of each row, and x0 (B,) has none")
     rng = check_rng(rows, seed, sample, step, stream, x0.device)
     if _fused(x0) and not _grad(a, s):
         if _grad(x0):
@@ -404,7 +420,7 @@ def denoise_step(x, out, coef, seed=0, sample=0, step=0, stream=0, *, out_uncond
     clip: clamp x0 to [-1, 1]. std: x's shape, stands in for c_n (learned variance).
     seed, sample, step, stream: as in `noise.randn`. All tensors: on x's device, in any memory layout.
     Results: x's shape and type, computed in float32 and rounded once. c_n = 0 adds exactly nothing.
-    Differentiable in x, out and out_uncond (on CUDA once, by one kernel), and in coef, guidance and std (by
+    Differentiable in x, out and out_uncond (on CUDA by one kernel), and in coef, guidance and std (by
     plain PyTorch). ValueError on a wrong type, shape or device.
     """
     if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.dtype not in FLOATS:

@@ -270,7 +270,8 @@ def check_rng(rows, seed, sample, step, stream, device):
 
 def traced(*tensors):
     """Whether this is no plain run on plain tensors: there a launch cannot be, and the twin, which can be traced, is taken."""
-    return torch.compiler.is_compiling() or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    return (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0) or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def randn(shape, seed, sample=0, step=0, stream=0, *, dtype=torch.float32, device="cpu"):
@@ -299,7 +300,7 @@ def randn(shape, seed, sample=0, step=0, stream=0, *, dtype=torch.float32, devic
         return y
     # Other accelerators lack parts of int64 arithmetic: the same numbers, made on the CPU and copied.
     work = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    if work != device and isinstance(rng[1], torch.Tensor):
-        rng = (rng[0], rng[1].to(work), *rng[2:])
+    if work != device:
+        rng = [r.to(work) if isinstance(r, torch.Tensor) else r for r in rng]
     y = _randn_plain(shape[0], shape.numel() // shape[0], *rng, work)
     return y.to(device, dtype).reshape(shape).contiguous()  # drops the padding to a multiple of four

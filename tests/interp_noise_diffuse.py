@@ -200,6 +200,16 @@ def interpret_diffuse():
                          for v in ((y, x0), (y2, x2)))
             for p, q in zip(got, want):
                 torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        twice = []  # a gradient that is differentiated again, as penalties do: not cut
+        for v in (y, x0), (y2, x2):
+            first = torch.autograd.grad((v[0] ** 2).sum() + (v[0] * v[1]).sum(), (x, out), create_graph=True)
+            twice.append(torch.autograd.grad(sum((g ** 2).sum() for g in first) + v[0].sum(), (x, out)))
+        for p, q in zip(*twice):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+    # Exact ends: black is -1 and white 1, nothing beyond.
+    ends, y = torch.tensor([[0, 255, 1, 254]], dtype=torch.uint8), torch.empty(1, 4)
+    diffuse._add_noise_triton(ends, torch.ones(1), torch.zeros(1), rng, None, y, None)
+    assert y[0, :2].tolist() == [-1.0, 1.0] and y.abs().max() <= 1
     a, s, flip = torch.rand(2), torch.rand(2), torch.tensor([True, False])
     v = diffuse._AddNoise.apply(x, a, s, rng, flip, True), diffuse.add_noise(x, a, s, *rng, flip=flip)
     assert v[0][0].stride() == x.stride() and not v[0][1].requires_grad

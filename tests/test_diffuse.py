@@ -217,7 +217,7 @@ def test_zero_sizes():
     (dict(a=torch.ones(3)), "a must"), (dict(a=1.0), "a must"), (dict(s=torch.ones(2, 1)), "s must"),
     (dict(s=torch.ones(2, dtype=torch.int64)), "s must"), (dict(s=torch.ones(2, device="meta")), "move it"),
     (dict(flip=torch.ones(2)), "flip"), (dict(flip=torch.ones(3, dtype=torch.bool)), "flip"),
-    (dict(step=-1), "step"), (dict(seed=2 ** 64), "seed"),
+    (dict(step=-1), "step"), (dict(seed=2 ** 64), "seed"), (dict(x0=torch.zeros(2), flip=torch.ones(2, dtype=torch.bool)), "last axis"),
     (dict(sample=torch.zeros(3, dtype=torch.int64)), "sample"),
 ])
 def test_bad_arguments_of_add_noise(change, word):
@@ -257,6 +257,24 @@ def test_traced_whole_by_torch_compile(g):
     traced, plain = (torch.autograd.grad(f(lambda x: denoise_step(x, 2 * x, coef, seed, clip=True))(x).square().sum(), x)
                      for f in (lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"), lambda f: f))
     torch.testing.assert_close(traced, plain)
+
+
+def test_transforms_take_the_twin(g):
+    """A tangent, a vmap and a functional gradient are never lost: there `traced` says that a kernel cannot be launched."""
+    from kernels import noise
+    x, o, coef = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g), torch.tensor([1.1, -0.4, 0.3, 0.6, 0.0])
+    seen = []
+
+    def f(o):
+        seen.append(noise.traced(o))
+        return denoise_step(x, o, coef)
+    tangent = torch.autograd.forward_ad
+    with tangent.dual_level():
+        y = tangent.unpack_dual(f(tangent.make_dual(o, torch.ones_like(o))))
+        torch.testing.assert_close(y.tangent, torch.full_like(o, -0.24))
+    torch.testing.assert_close(torch.func.grad(lambda o: f(o).sum())(o), torch.full_like(o, -0.24))
+    torch.testing.assert_close(torch.func.jvp(f, (o,), (torch.ones_like(o),))[1], torch.full_like(o, -0.24))
+    assert seen and all(seen) and not noise.traced(o)
 
 
 def test_kernels_in_the_interpreter():
