@@ -52,7 +52,6 @@ class Config:
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
     lr_d: float = option(5e-4, "of the discriminator's", above=0)
-    beta1: float = option(0.5, "of Adam", low=0, high=0.999)
     decay: int = option(0, "updates over which both rates fall to 1e-5, along a cosine; 0: constant", low=0)
     ema: float = option(0.999, "decay of the mean of the weights that samples are drawn with", low=0, high=0.999999)
     flip: bool = option(False, "mirror half of the pictures")
@@ -66,7 +65,11 @@ RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
     "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02,
-                    decay=400_000, iters=400_000, ema=0.9999, flip=True),  # the paper, appendix C
+                    decay=350_000, iters=350_000, ema=0.9999, flip=True),  # the paper, appendix C
+    "celeba-hq": dict(T=2, size=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), batch=32, lr=2e-4, lr_d=1e-4, r1=2,
+                      r1_every=10, decay=750_000, iters=750_000, flip=True),  # the paper, of folders with this name
+    "lsun": dict(size=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), lr=1.6e-4, lr_d=1e-4, r1=1, r1_every=10,
+                 decay=985_000, iters=985_000, flip=True),
     "pictures": dict(flip=True),
 }
 
@@ -223,7 +226,7 @@ def train(c):
         net = network(c, data.shape).to(c.device)
         critic = Discriminator(data.shape, c.width_d, c.labels).to(c.device, memory_format=torch.channels_last)
     ema = runs.EMA(net, c.ema)
-    optimizer, optimizer_d = (torch.optim.Adam(n.parameters(), lr, (c.beta1, 0.9), fused=c.device.type != "mps")
+    optimizer, optimizer_d = (torch.optim.Adam(n.parameters(), lr, (0.5, 0.9), fused=c.device.type != "mps")
                               for n, lr in ((net, c.lr), (critic, c.lr_d)))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic, optimizer_d=optimizer_d)
     G, D = (torch.compile(net), torch.compile(critic)) if c.compile else (net, critic)
@@ -293,8 +296,8 @@ def check(c):
     with runs.inputs():
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
-        if c.batch % 4:
-            raise ValueError(f"--batch {c.batch} is no multiple of 4")
+        if c.batch % (4 * runs.world()):
+            raise ValueError(f"--batch {c.batch} is no multiple of 4 for each process, in which D compares samples")
         if "heads" in c.given and not c.attention:
             raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
         if not c.conditional and c.label >= 0:

@@ -105,7 +105,7 @@ def _unfit(m, values):
 def parse(method, Config, recipes, doc):
     """The command line as one namespace: the actions, and Config's and Shared's fields from the flag, the recipe or the default.
 
-    method: the script's name, which runs and checkpoints bear; recipes: data set -> {field: value}, `pictures` is any path.
+    method: the script's name, which runs and checkpoints bear; recipes: data set or name of a folder -> {field: value}, `pictures` is any other path.
     Also set: method, given (the fields set by flags), name (of the data), train_fields (what belongs to a trained model).
     Ends with exit status 2 and one line for whatever is wrong with a flag; without an action prints the help and ends.
     """
@@ -141,11 +141,11 @@ def parse(method, Config, recipes, doc):
         parser.exit()
     ends = {"iters", "minutes"}  # the user's replace both of the recipe's
     kept = c.given | ends if c.given & ends else c.given
-    recipe = recipes.get(c.data if c.data in NAMED else "pictures", {})
-    vars(c).update({name: type(fields[name].default)(value) for name, value in recipe.items() if name not in kept})  # 14 is 14.0 too
     c.train_fields = {f.name: f.metadata for f in dataclasses.fields(Config) if "train" in uses[f.name]} | {"seed": fields["seed"].metadata}
-    c.name = Path(c.data).resolve().name.split(".")[0]
+    c.name = Path(c.data).resolve().name.split(".")[0]  # a folder may have a recipe of its own, by its name
+    recipe = recipes.get(c.data if c.data in NAMED else c.name if c.name in recipes.keys() - {*NAMED} else "pictures", {})
     c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
+    vars(c).update({name: type(fields[name].default)(value) for name, value in recipe.items() if name not in kept})  # 14 is 14.0 too
     c.run = Path(c.run or f"runs/{method}-{c.name}")
 
     for name in sorted(c.given):
