@@ -58,7 +58,7 @@ class Config:
 
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    "digits": dict(width=32, attention=(), iters=100_000, minutes=14),
+    "digits": dict(width=32, attention=(), resample="conv", pretrain=800, lr=4e-5, lr_d=1e-3, r1=0.5, minutes=14),
     "stacked": dict(attention=(), iters=20_000),
     "swirl": dict(width=128, width_d=128, batch=256, iters=10_000, minutes=8),
     "gaussians": dict(width=128, width_d=128, batch=256, iters=10_000, minutes=8),
