@@ -10,11 +10,15 @@ and with dz = dy silu'(z), S1 = sum_p dz and S2 = sum_p dz xhat, both (N, C), su
     dshift = S1                               dbias   = sum_n (1 + scale) S1
 
 Bytes per element of e bytes: at least 2e forward (x in, y out) and 3e backward (x and dy in, dx out). These
-kernels move that while a group fits in one tile (16,384 values), 3e and 5e above; eager PyTorch
-(F.group_norm, mul, add, F.silu) moves 9e and 15e. On sm_90 one pass takes 16 to 19 instructions a value forward
-and 27 to 34 backward (odd shapes, masked and narrow: 21 and 41), a split group 20 to 23 and 44 to 50. Statistics are fp32 and centred, E[(x - mean)^2]:
+kernels move that while a group fits in one tile: 16,384 values, its channels and its positions each counted as
+the next power of two (and in channels_last as many groups as make rows of 16 bytes); 3e and 5e above. Eager
+PyTorch (F.group_norm, mul, add, F.silu) moves 9e and 15e. Statistics are fp32 and centred, E[(x - mean)^2]:
 E[x^2] - mean^2 has no right digit left at mean / std = 1000. Backward keeps x and two numbers a group, and
 computes z again. Nothing is summed by atomics: the same bits in every run.
+
+Instructions a value on sm_90, forward and backward with SiLU, over the shipped U-Nets: 14 to 19 and 26 to 34 in one
+pass at 16 x 16 and more, 19 to 23 and 42 to 50 split. Where a group is less than a warp's 1,024 values the fixed
+part shows: up to 25 and 40 at 8 x 8, 54 and 74 at 4 x 4. Masked odd shapes take 21 and 41, one channel a group 23 and 33.
 
 x is (N, C, ...) with any number of further axes, contiguous or channels_last; both are read and written as
 they lie. Copied alone into another project this file needs only torch, and Triton for CUDA tensors.
@@ -25,6 +29,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 triton = None
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" or "triton" in sys.modules:
@@ -79,10 +84,12 @@ def group_norm(x, groups, weight, bias, scale=None, shift=None, *, silu=True, ep
     _check(x, groups, weight, bias, scale, shift, eps)
     if triton is None or not x.is_cuda or x.dtype == torch.float64 or x.numel() == 0:
         return group_norm_torch(x, groups, weight, bias, scale, shift, silu, eps)
-    x = x.contiguous(memory_format=_layout(x))
+    if not x.is_contiguous():
+        x = x.contiguous(memory_format=_layout(x))
     # A tracer or a tensor that is not real needs an operator that PyTorch knows, which costs more for each call.
-    traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
-    return (group_norm_op if traced else _GroupNorm.apply)(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return group_norm_op(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    return _eager(x, weight, bias, scale, shift, groups, silu, eps)
 
 
 class GroupNorm(torch.nn.Module):
@@ -118,40 +125,46 @@ def _check(x, groups, weight, bias, scale, shift, eps):
     n, c = x.shape[:2]
     if not isinstance(groups, int) or groups < 1 or c == 0 or c % groups:
         raise ValueError(f"group_norm: groups = {groups} must be an integer that divides x's {c} channels")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:  # math.isfinite would break a graph of torch.compile
         raise ValueError(f"group_norm: eps must be positive and finite, not {eps}")
     if n and x.numel() // n >= 2 ** 31:
         raise ValueError(f"group_norm: one sample of x has {x.numel() // n} values; the limit is 2^31 - 1")
+    device = x.device
     for name, v, shape in (("weight", weight, (c,)), ("bias", bias, (c,)),
                            ("scale", scale, (n, c)), ("shift", shift, (n, c))):
-        if v is None and len(shape) == 2:
+        if v is None and (name == "scale" or name == "shift"):
             continue
-        if (not isinstance(v, torch.Tensor) or v.shape != shape or v.dtype not in FLOATS
-                or v.device != x.device):
-            raise ValueError(f"group_norm: {name} must be a floating-point tensor {shape} on {x.device}, "
-                             f"not {_name(v)}")
+        if not isinstance(v, torch.Tensor) or v.shape != shape or v.dtype not in FLOATS or v.device != device:
+            raise ValueError(f"group_norm: {name} must be a floating-point tensor {shape} on {device}, not {_name(v)}")
 
 
 def _name(v):
     return f"{tuple(v.shape)} {v.dtype} on {v.device}" if isinstance(v, torch.Tensor) else type(v).__name__
 
 
+def _eager(x, weight, bias, scale, shift, groups, silu, eps):
+    """y by the kernels, in the cheapest way that keeps what autograd asks for."""
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and (  # forward AD: Function says that it cannot
+            x.requires_grad or weight.requires_grad or bias.requires_grad
+            or scale is not None and scale.requires_grad or shift is not None and shift.requires_grad)):
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    return _GroupNorm.apply(x, weight, bias, scale, shift, groups, silu, eps)
+
+
 class _GroupNorm(torch.autograd.Function):
-    """The kernels under autograd. Returns y, and mean and rstd (2, N * groups)."""
+    """The kernels under autograd."""
 
     @staticmethod
-    def forward(x, weight, bias, scale, shift, groups, silu, eps):
-        return _forward(x, weight, bias, scale, shift, groups, silu, eps)
+    def forward(ctx, x, weight, bias, scale, shift, groups, silu, eps):
+        y, stats = _forward(x, weight, bias, scale, shift, groups, silu, eps)
+        ctx.save_for_backward(x, weight, bias, scale, shift, stats)
+        ctx.options = groups, silu, eps
+        return y
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, scale, shift, *ctx.options = inputs
-        ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy, _):
+    def backward(ctx, dy, _=None):
         *tensors, stats = ctx.saved_tensors
         if dy is None:
             return (None,) * 8
@@ -169,19 +182,41 @@ class _GroupNorm(torch.autograd.Function):
         return *(None if v is None else next(grads) for v in tensors), None, None, None
 
 
+class _Transformed(_GroupNorm):
+    """The same for torch.func, which wants the context filled apart: PyTorch then inspects signatures at each call."""
+
+    @staticmethod
+    def forward(x, weight, bias, scale, shift, groups, silu, eps):
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5], output[1])
+        ctx.options = inputs[5:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+
 def _tiles(x, groups, warps):
     """Tiles of BG whole groups, or of BC channels of one, by BP positions: kernel arguments, programs, chunks.
 
-    Groups of at most TILE values are held whole: in channels_last several, for rows of 32 bytes (what memory
-    moves at once) or 64, if they fit and leave 128 programs. A larger group is cut, with the long side along
-    memory. A warp takes 1,024 values, more where that would need over `warps` warps.
+    Groups of at most TILE values, counted as powers of two, are held whole: in channels_last several, for rows of
+    16 bytes (one access) at least, and of 32 (what memory moves at once) or 64 if they fit and leave 128 programs.
+    A larger group is cut, with the long side along memory. A warp takes 1,024 values, more where that would need
+    over `warps` warps.
     """
     n, c = x.shape[:2]
     per_group, positions, last = c // groups, x.numel() // (n * c), _layout(x) != torch.contiguous_format
     bc, bp, bg = triton.next_power_of_2(per_group), triton.next_power_of_2(positions), 1
-    whole = bc * bp <= TILE
-    while last and bc == per_group and groups % (2 * bg) == 0 and (n * groups >= 256 * bg or not whole):
-        row, tile = bg * bc * x.element_size(), bg * bc * (bp if whole else 1)
+    whole, side_by_side, e = bc * bp <= TILE, last and bc == per_group, x.element_size()
+    # Memory moves 32 bytes at once to a multiprocessor (L2 spares DRAM the repeats, not the way up): rows of 8 bytes
+    # make 2e and 3e of traffic 8e and 12e, against 3e and 5e in full rows split. Rows of 16 make them 4e and 6e:
+    # about even, for fewer launches. So split where not even rows of 16 bytes fit.
+    fewest = max(1, 16 // (bc * e))
+    if side_by_side and groups % fewest == 0 and fewest * bc * bp > TILE:
+        whole = False
+    while side_by_side and groups % (2 * bg) == 0 and (n * groups >= 256 * bg or bg < fewest or not whole):
+        row, tile = bg * bc * e, bg * bc * (bp if whole else 1)
         if not (row < 64 and tile <= CHUNK // 2 or row < 32 and tile <= TILE // 2):
             break
         bg *= 2
@@ -277,7 +312,7 @@ if triton is not None:
         grads = group_norm_backward_op(dy, *tensors, stats, *ctx.options[:2])
         return *(None if v is None else g for v, g in zip(tensors, grads)), None, None, None
 
-    group_norm_op.register_autograd(_op_backward, setup_context=_GroupNorm.setup_context)
+    group_norm_op.register_autograd(_op_backward, setup_context=_Transformed.setup_context)
 
     @triton.jit
     def tile_of(pid, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
@@ -310,6 +345,8 @@ if triton is not None:
         """Sums of a tile (BG * BC, ...) over each group: (BG,), or a number where there is one."""
         if BG == 1:
             return tl.sum(v)
+        elif v.numel == BG:                 # nothing to add; a sum along an axis of one spills without end
+            return tl.reshape(v, (BG,))
         else:                               # rows of a group lie side by side
             return tl.sum(tl.reshape(v, (BG, v.numel // BG)), 1)
 
@@ -318,6 +355,8 @@ if triton is not None:
         """(BG,) -> (BG * BC, 1), each group's value for all of its channels; a number stays one."""
         if BG == 1:
             return v
+        elif BC == 1:
+            return v[:, None]
         else:
             return tl.reshape(tl.broadcast_to(v[:, None], (BG, BC)), (BG * BC, 1))
 

@@ -48,7 +48,7 @@ class Allocator:
 
 def kernels(x, groups, weight, bias, scale, shift, silu=True, eps=1e-5):
     """group_norm as on a GPU: past the dispatch."""
-    return module._GroupNorm.apply(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    return module._eager(x, weight, bias, scale, shift, groups, silu, eps)
 
 
 def guarded(*case, **options):
@@ -80,7 +80,8 @@ def main():
                 ((3, 12, 5, 7), 4, None), ((2, 12, 5, 7), 4, last), ((2, 8, 2, 2), 8, last),
                 ((2, 10, 3, 3), 1, None), ((1, 70, 3, 3), 1, last), ((3, 150), 2, None),
                 ((1, 6, 45), 2, None), ((1, 7, 2, 3, 2), 7, last_3d), ((1, 64, 2, 2), 2, None),
-                ((35, 2, 2, 2), 1, None), ((3, 32, 5, 7), 8, last), ((65, 16, 3, 2), 8, last)):  # the last: groups share tiles
+                ((35, 2, 2, 2), 1, None), ((3, 32, 5, 7), 8, last),
+                ((65, 16, 3, 2), 8, last), ((3, 16, 3, 5), 16, last)):  # the last two: groups share tiles
             for dtype, adaptive, silu in ((torch.float32, True, True), (torch.bfloat16, True, True),
                                           (torch.float16, False, False)):
                 if dtype != torch.float32 and shape[0] != 3:
@@ -115,6 +116,19 @@ def main():
     x = given[0].detach()
     dx = torch.func.grad(lambda x: kernels(x, 3, *given[1:]).sin().sum())(x)
     torch.testing.assert_close(dx, found[1][0])
+    # Nothing to differentiate: the launches alone, the same y. Forward mode: refused, not answered with no tangent
+    y = kernels(given[0], 3, *given[1:])
+    with torch.no_grad():
+        assert torch.equal(kernels(given[0], 3, *given[1:]), y)
+    assert y.grad_fn is not None and kernels(x, 3, *(v.detach() for v in given[1:])).grad_fn is None
+    assert all(kernels(x, 3, *(v if v is one else v.detach() for v in given[1:])).requires_grad for one in given[1:])
+    with torch.autograd.forward_ad.dual_level():
+        try:
+            kernels(torch.autograd.forward_ad.make_dual(x, x), 3, *(v.detach() for v in given[1:]))
+        except (RuntimeError, NotImplementedError) as refused:
+            assert "jvp" in str(refused) or "forward" in str(refused), refused
+        else:
+            raise AssertionError("forward mode without a tangent")
     # As an operator: PyTorch's own checks of it, in one graph, checkpointed
     module.torch = torch
     with warnings.catch_warnings(action="ignore"):
@@ -133,7 +147,7 @@ def main():
     # Same bits again
     again = [torch.autograd.grad(kernels(given[0], 3, *given[1:]).sum(), given) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again))
-    assert together == {1, 4, 8}, together
+    assert together == {1, 2, 4, 8, 16}, together
     print(f"{tried} cases right")
 
 

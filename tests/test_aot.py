@@ -7,19 +7,46 @@ from pathlib import Path
 import pytest
 
 
-def gate(*arguments):
+def run(*command):
+    """Output of a Python program beside this file, one thread, kernels compiled, not interpreted."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("aot.py")), *arguments],
-                          capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment,
+                          cwd=Path(__file__).parent)
     failed = [line for line in done.stdout.splitlines() if "FAILED" in line]
-    assert done.returncode == 0 and done.stdout.strip(), "\n".join(failed) or done.stderr[-3000:]
+    assert done.returncode == 0, "\n".join(failed) or done.stderr[-3000:]
+    return done.stdout
 
 
 def test_one_target():
-    gate("--targets", "90", "--dtypes", "bf16")
+    assert run("aot.py", "--targets", "90", "--dtypes", "bf16,fp32").strip()
 
 
 @pytest.mark.slow
 def test_every_target_and_type():
-    gate()
+    assert run("aot.py").strip()
+
+
+def test_launch_code_under_fake_cuda_tensors():
+    run("-c", "import aot; aot.fake_launches()")
+
+
+@pytest.mark.parametrize("target", ("80", "90", "100", "gfx942"))
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_each_gate_can_fail(target, dtype):
+    pytest.importorskip("triton")
+    import aot
+    name, arguments, options = "backward_kernel 0 nchw", dict(BG=1, BC=4, BP=1024), dict(num_warps=4)
+    _, _, *ceilings = aot.GATES[name]
+    registers, per_value = ceilings[2:] if target == "gfx942" else ceilings[:2]
+    values = 16 if target == "gfx942" else 32  # of the tile's 4,096 for each thread
+    wide = values * aot.DTYPES[dtype].itemsize // 16
+    right = dict(memory=0, spills=0, registers=registers, instructions=per_value * values, loads=2 * wide, stores=wide)
+    complaints = lambda **wrong: aot.check(name, target, dtype, arguments, options, right | wrong)
+    assert complaints() == []
+    for wrong, says in ((dict(spills=1), "spills = 1"), (dict(memory=8), "memory = 8"),
+                        (dict(registers=2 * registers), "registers over"), (dict(loads=2 * wide - 1), "128-bit loads"),
+                        (dict(loads=0), "128-bit loads"), (dict(stores=0), "128-bit stores"),
+                        (dict(instructions=2 * per_value * values), "instructions over")):
+        (complaint,) = complaints(**wrong)
+        assert says in complaint

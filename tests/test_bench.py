@@ -38,6 +38,15 @@ def test_rows(bench):
     assert len(lines) in (4, 5) and all("images/s" in line for line in lines)
 
 
+def test_overhead(bench):
+    """Both ways launch the same: nothing but Python's time is compared. (In a process where the kernels are defined.)"""
+    code = ("from kernels import bench; lines = []\n"
+            "launches = bench.recorded(lambda: lines.append(bench.overhead(bench.Clock('cpu', repeats=1), calls=2)))\n"
+            "print(lines[0], len(launches), {k.fn.__name__ for k, _, _ in launches})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "of a bare autograd.Function" in done.stdout and "16 {'forward_kernel'}" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_wrong_kernel_is_not_timed(bench, monkeypatch):
     right = bench.group_norm.group_norm
     monkeypatch.setattr(bench.group_norm, "group_norm", lambda *a, **k: right(*a, **k) * 1.001)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.unet import UNet
 from kernels.group_norm import GroupNorm, group_norm
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -183,6 +184,26 @@ def test_module():
     for groups, channels in ((5, 12), (0, 12), (-3, 12), (1, 0)):
         with pytest.raises(ValueError, match="channels"):
             GroupNorm(groups, channels)
+
+
+def test_network_in_one_graph_for_every_batch():
+    """dynamic=True makes symbols of numbers: no check may ask what only a known number can answer."""
+    torch.manual_seed(0)
+    net = UNet(1, size=8, width=8, multipliers=(1, 2), blocks=1, attention=())
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)  # else the last layer's zeros would hide all others
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="eager")
+    for batch in (2, 3):
+        x, t = torch.randn(batch, 1, 8, 8), torch.rand(batch)
+        found = []
+        for f in (net, compiled):
+            net.zero_grad()
+            y = f(x, t)
+            y.square().sum().backward()
+            found.append([y, *(p.grad for p in net.parameters())])
+        assert found[0][0].abs().max() > 0.01
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("change, says", (
