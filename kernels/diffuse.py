@@ -11,11 +11,11 @@ eps_hat re-derived from the clamped x0 as (x - a x0) / s: c_x = k / s, c_0 = a' 
 eps is `noise.randn`, a function of (seed, stream, step, sample, element), whatever the layout of x.
 
 Bytes per element of s bytes (state x: 4 bytes); in eager PyTorch each operator reads and writes memory. The
-kernels move the fewest, with so many instructions per element on sm_90 (30 of them make the noise):
+kernels move the fewest, with so many instructions per element on sm_90 (28 to 30 of them make the noise):
 
                                           fewest     eager     instructions
-    add_noise, uint8 -> float32              9         53          40
-    add_noise, float                        3 s        8 s     34, 16-bit 37
+    add_noise, uint8 -> float32              9         53          39
+    add_noise, float                        3 s        8 s     32, 16-bit 34
     denoise_step                           8 + s       80      39, 16-bit 42  (eager 84 + s where out must be widened)
       with clamp                             0         + 8         + 2
       with out_uncond                       + s       + 32
@@ -282,7 +282,7 @@ def _add_noise_triton(x0, a, s, rng, flip, x_t, eps):
     with torch.cuda.device_of(x0):
         _add_noise_kernel[grid(x0.shape[0], size)](
             *x, a.float().contiguous(), s.float().contiguous(), flip, x_t, eps, *y[1:], size,
-            **rng_args(*rng), WIDTH=width, SPATIAL=spatial, num_warps=WARPS)
+            **rng_args(*rng), WIDTH=width, SPATIAL=spatial, num_warps=2 * WARPS if spatial else WARPS)  # places cost registers
 
 
 def _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0):
@@ -292,7 +292,7 @@ def _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0):
     with torch.cuda.device_of(x):
         _denoise_kernel[grid(x.shape[0], size)](
             *sum(reads, ()), *_coef_args(coef, guidance), y, x0, *write[1:], size,
-            **rng_args(*rng), CLIP=clip, SPATIAL=spatial, num_warps=WARPS)
+            **rng_args(*rng), CLIP=clip, SPATIAL=spatial, num_warps=2 * WARPS)  # more inputs: fewer elements a thread
 
 
 def _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, clip, guided, dx, do, du):
@@ -302,7 +302,7 @@ def _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, clip, gui
     with torch.cuda.device_of(g):
         _denoise_backward_kernel[grid(g.shape[0], size)](
             *sum(views[:5], ()), *_coef_args(coef, guidance), *sum(views[5:], ()), size,
-            TILE=4 * QUADS, CLIP=clip, GUIDED=guided, SPATIAL=spatial, num_warps=WARPS)
+            TILE=4 * QUADS, CLIP=clip, GUIDED=guided, SPATIAL=spatial, num_warps=2 * WARPS)
 
 
 class _AddNoise(torch.autograd.Function):
