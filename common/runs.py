@@ -55,7 +55,7 @@ class Shared:
     inception: str = option("", "the standard Inception network as a TorchScript file, for FID and IS", "evaluate")
     device: str = option("auto", "where to compute", ALL, choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "bf16: mixed; auto: bf16 where the hardware has it", ALL, choices=("auto", "fp32", "bf16"))
-    compile: bool = option(False, "torch.compile the network, and on a GPU capture the sampler's step: slow to start, faster to run", ALL)
+    compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", ALL)
 
 
 def stop(message):
@@ -580,13 +580,13 @@ _graphs = {}  # of replayed: key -> c, the arguments it holds, the graph or None
 
 
 def replayed(c, step, *args):
-    """step(c, *args) -> tensors; with --compile on CUDA by a CUDA graph, which spares the time between the step's launches.
+    """step(c, *args) -> tensors; on CUDA by a CUDA graph, which spares the time between the step's launches.
 
     The first call captures; later ones with the same step, the same other arguments (networks, flags: by identity) and tensors of
     the same shapes copy their tensors into the graph and replay it. What it returns holds until its next replay. A step that
     cannot be captured is called as it is, and why is said.
     """
-    if not (c.compile and c.device.type == "cuda"):
+    if c.device.type != "cuda":
         return step(c, *args)
     key = (step, id(c), *((a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else id(a) for a in args))
     if key not in _graphs:

@@ -418,7 +418,7 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
             ms[way, "training"] = clock.ms(train, cold=False)
             ms[way, "sampling"] = clock.ms(lambda: sample(None, net, x, coef, i), cold=False)
             if way == "ours" and clock.cuda:  # by the samplers' own helper
-                c = SimpleNamespace(compile=True, device=clock.device)
+                c = SimpleNamespace(device=clock.device)
                 ms["captured", "sampling"] = clock.ms(lambda: runs.replayed(c, sample, net, x, coef, i), cold=False)
                 (_, _, graph, _), = runs._graphs.values()
                 if graph is None:  # and why has been said

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import ddgan
 import ddim
 import ddpm
 from common import runs
@@ -308,8 +309,7 @@ def test_replayed_captures_once_for_each_shape_and_hands_over_every_tensor(monke
                             CUDAGraph=FakeGraph, graph=capture).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(runs, "_graphs", {})
-    c = SimpleNamespace(compile=True, device=torch.device("cuda"))
-    plain = SimpleNamespace(compile=False, device=torch.device("cuda"))
+    c, plain = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=torch.device("cpu"))
     nets = SimpleNamespace(scale=2.0), SimpleNamespace(scale=-1.0)
     for net in nets:
         for size in (4, 3, 4):  # the second batch of four replays the first one's graph
@@ -329,7 +329,7 @@ def test_replayed_without_capture_says_why_and_goes_on(monkeypatch, capsys):
                             set_stream=lambda s: None, CUDAGraph=FakeGraph, graph=refuse).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(runs, "_graphs", {})
-    c = SimpleNamespace(compile=True, device=torch.device("cuda"))
+    c = SimpleNamespace(device=torch.device("cuda"))
 
     def triple(c, x):
         return 3 * x
@@ -339,17 +339,22 @@ def test_replayed_without_capture_says_why_and_goes_on(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", [ddpm, ddim])
+@pytest.mark.parametrize("script", [ddpm, ddim, ddgan])
 def test_gpu_a_replayed_step_gives_the_very_pictures_of_the_step(script, monkeypatch):
     monkeypatch.setattr(runs, "_graphs", {})
     torch.manual_seed(0)
     fields = dataclasses.asdict(script.Config()) | dict(width=32, attention=(8,), labels=0, seed=3, precision="fp32", eta=1.0)
-    c = SimpleNamespace(**fields, device=torch.device("cuda:0"), compile=False)
+    c = SimpleNamespace(**fields, device=torch.device("cuda:0"))
     net = script.network(c, (1, 16, 16)).cuda()
     torch.nn.init.normal_(net.last.weight, std=0.1)
-    want = [script.sample(c, net, (1, 16, 16), first, size, 7) for first, size in ((0, 8), (8, 8), (16, 5))]
-    c.compile = True  # the network itself is not compiled: only the capture differs
-    got = [script.sample(c, net, (1, 16, 16), first, size, 7) for first, size in ((0, 8), (8, 8), (16, 5))]
+    steps = () if script is ddgan else (7,)
+
+    def pictures():
+        return [script.sample(c, net, (1, 16, 16), first, size, *steps) for first, size in ((0, 8), (8, 8), (16, 5))]
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "replayed", lambda c, step, *args: step(c, *args))
+        want = pictures()
+    got = pictures()
     assert len(runs._graphs) == 2 and all(graph is not None for _, _, graph, _ in runs._graphs.values())
     for a, b in zip(got, want):
         assert_close(a, b, rtol=0, atol=0)

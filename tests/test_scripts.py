@@ -338,11 +338,11 @@ def test_a_flag_of_another_script_is_an_error(place, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", ["ddpm", "ddim"])
-def test_gpu_captured_sampling_gives_the_same_pictures(place, script):
+@pytest.mark.parametrize("script", SMALL)
+def test_gpu_compiled_sampling_gives_the_same_pictures(place, script):
     """300 samples: two batches, each with a graph of its own; with the noise of each step (ddim: eta) drawn inside it."""
-    for out, flags in (("plain.npz", []), ("captured.npz", ["--compile"])):
-        done = run(place, script, "--sample", "--n", 300, "--steps", 12, "--out", out, *flags, *(["--eta", 1] if script == "ddim" else []))
+    for out, flags in (("plain.npz", []), ("compiled.npz", ["--compile"])):
+        done = run(place, script, "--sample", "--n", 300, *STEPS[script], "--out", out, *flags, *(["--eta", 1] if script == "ddim" else []))
         assert "without a CUDA graph" not in done.stderr
-    with np.load(place / "plain.npz") as a, np.load(place / "captured.npz") as b:
+    with np.load(place / "plain.npz") as a, np.load(place / "compiled.npz") as b:
         assert (np.abs(a["arr_0"].astype(int) - b["arr_0"].astype(int)) <= 2).mean() > 0.99 and a["arr_0"].std() > 20
