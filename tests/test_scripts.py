@@ -289,8 +289,14 @@ WRONG = [  # flags, and words that the one line on stderr must hold
 ]
 
 
-@pytest.mark.parametrize("script", ["ddpm", "ddim"])
-@pytest.mark.parametrize("flags,words", WRONG, ids=[w[0] for w in WRONG])
+NOT_DDGAN = ("--steps", "--T 1", "--guidance", "--schedule")
+WRONG = [(script, *wrong) for script in SMALL for wrong in WRONG if script != "ddgan" or not any(flag in wrong[0] for flag in NOT_DDGAN)]
+WRONG += [("ddgan", *wrong) for wrong in (
+    ("--sample --steps 3", "T = 4"), ("--train --T 9", "at most 8"), ("--train --batch 6 --fresh", "multiple of 4"), ("--train --fake copy", "--fake"),
+    ("--train --width-d 1", "--width-d"), ("--sample --guidance 2", "--guidance"), ("--train --z 20", "z = 10, not 20"), ("--train --z -1", "--z"))]
+
+
+@pytest.mark.parametrize("script,flags,words", WRONG, ids=[" ".join(w[:2]) for w in WRONG])
 def test_wrong_input_ends_with_one_line(place, script, flags, words, monkeypatch, capsys):
     if torch.cuda.is_available() and "cuda" in flags:
         pytest.skip("this machine has a GPU")
@@ -308,7 +314,7 @@ def test_wrong_input_ends_with_one_line(place, script, flags, words, monkeypatch
     if "--fresh" in flags:
         flags += " --run new"
     elif flags.startswith("--train") and "--data" not in flags:  # the flags of the run that is there, and the wrong one last
-        flags = " ".join(["--train", *SMALL, *flags.split()[1:]])
+        flags = " ".join(["--train", *SMALL[script], *flags.split()[1:]])
     monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *flags.split()])
     with pytest.raises(SystemExit) as stopped:
         __import__(script).main()
