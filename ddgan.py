@@ -5,6 +5,8 @@
     python ddgan.py --evaluate                      # FCD, precision, recall, ..., modes
     python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
     python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
+
+Its samples are not yet good: the README's "DDGAN, so far" says what was measured.
 """
 import math
 import sys
