@@ -19,7 +19,7 @@ from torch import nn
 from common import metrics, pictures, runs
 from common.runs import NOISE, START, STEP, option
 from common.schedules import alpha_bar, posterior
-from common.unet import MLP, Block, Embedding, UNet, norm
+from common.unet import Block, Embedding, UNet, fourier_input, fourier_time, norm
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
 
@@ -32,8 +32,9 @@ class Config:
     z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
                        "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
-    gan_loss: str = option("softplus", "of the logits, or bce: sigmoid, then log", choices=("softplus", "bce"))
-    r1: float = option(0.05, "weight gamma of the gradient penalty gamma/2 |grad D|^2 on real pairs", low=0)
+    gan_loss: str = option("softplus", "of the logits; bce: sigmoid, then log; relativistic: softplus of the difference between the logits "
+                           "of a real and a fake x_{t-1} of the same x_t", choices=("softplus", "bce", "relativistic"))
+    r1: float = option(0.05, "weight gamma of the gradient penalty gamma/2 |grad D|^2 on real pairs; relativistic: on fake ones too", low=0)
     r1_every: int = option(15, "updates from penalty to penalty", low=1)
     conditional: bool = option(False, "both networks learn class labels too")
     steps: int = option(0, "network evaluations, which is T and nothing else", "sample evaluate", low=1)
@@ -49,7 +50,8 @@ class Config:
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    pretrain: int = option(0, "first updates, in which the generator learns x0 by least squares and the discriminator to tell", low=0)
+    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 2,10,3,1; default: equal ones", low=1)
+    pretrain: int = option(0, "first updates, in which the generator learns x0 by least squares; in the last 300 the discriminator learns too", low=0)
     lr_pretrain: float = option(2e-3, "the generator's learning rate in them", above=0)
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
@@ -60,10 +62,11 @@ class Config:
 
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    "digits": dict(width=32, attention=(), resample="conv", pretrain=800, lr=4e-5, lr_d=1e-3, r1=0.5, minutes=14),
+    "digits": dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2000, t_weights=(2, 10, 3, 1), lr=1.5e-4, lr_d=1.4e-3,
+                   r1=1, r1_every=4, decay=5_300, minutes=14),
     "stacked": dict(attention=(), iters=20_000),
-    "swirl": dict(width=128, width_d=128, batch=256, iters=10_000, minutes=8),
-    "gaussians": dict(width=128, width_d=128, batch=256, iters=10_000, minutes=8),
+    **dict.fromkeys(("swirl", "gaussians"), dict(z=2, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1, decay=25_000,
+                                                 iters=25_000)),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
     "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02,
@@ -84,19 +87,39 @@ RECIPES = {  # what differs from Config, by data set; `pictures` is any path
 def network(c, shape):
     """The generator for data of this shape, (C, H, W) or (2,)."""
     if len(shape) == 1:
-        return MLP(shape[0], shape[0], c.width, classes=c.labels, z_dim=c.z)
+        return Points(shape[0], c.width, c.z)
     return UNet(shape[0], shape[0], shape[-1], c.width, c.multipliers, c.blocks, c.attention, c.heads, c.labels, c.z,
                 resample=c.resample).to(memory_format=torch.channels_last)  # spares a copy at each convolution
 
 
+def mlp(c_in, c_out, width, activation):
+    """Three hidden layers. Their first biases are spread over the points, or every kink would pass through 0."""
+    layers = [nn.Linear(c_in, width), nn.Linear(width, width), nn.Linear(width, width)]
+    for i, layer in enumerate(layers):
+        nn.init.kaiming_normal_(layer.weight, 0.2)
+        nn.init.normal_(layer.bias, std=0.1 if i else 1.0)
+    return nn.Sequential(*(part for layer in layers for part in (layer, activation)), nn.Linear(width, c_out))
+
+
+class Points(nn.Module):
+    """The generator of points. tanh, since modes are plateaus with steep slopes between them, which ReLU and its like hardly learn."""
+
+    def __init__(self, dim, width, z):
+        super().__init__()
+        self.mlp = mlp(dim + 16 + z, dim, width, nn.Tanh())
+
+    def forward(self, x, t, label=None, z=None):
+        return self.mlp(torch.cat([4 * x, fourier_time(t, 16), *([] if z is None else [z])], 1))
+
+
 class Discriminator(nn.Module):
-    """D(x_s, x_t, t, label) -> logits (B,). The U-Net's blocks, from half of the map's side down to 4; for points its MLP."""
+    """D(x_s, x_t, t, label) -> logits (B,). The U-Net's blocks, from half of the map's side down to 4; for points an MLP."""
 
     def __init__(self, shape, width, classes):
         super().__init__()
         self.register_buffer("r1", torch.zeros(()))  # the last penalty, to be shown until the next
         if len(shape) == 1:
-            self.mlp = MLP(2 * shape[0] + 1, 1, width, classes=classes)
+            self.mlp = mlp(2 * shape[0] * 7 + 17, 1, width, nn.LeakyReLU(0.2))
             return
         downs = max(1, round(math.log2(shape[-1] / 4)))
         channels = [width * min(2 ** i, 4) for i in range(downs)]
@@ -112,7 +135,8 @@ class Discriminator(nn.Module):
     def forward(self, x_s, x_t, t, label=None):
         x = torch.cat([x_s, x_t], 1)
         if x.ndim == 2:
-            return self.mlp(torch.cat([x, spread_of_fours(x_s)], 1), t, label).squeeze(1)
+            x = fourier_input(4 * x, (-2, -1, 0))  # what is smaller than the distance between modes
+            return self.mlp(torch.cat([x, fourier_time(t, 16), spread_of_fours(x_s)], 1)).squeeze(1)
         e, h = self.embedding(t, label), self.first(x)
         for block in self.blocks:
             h = block(h, e)
@@ -147,6 +171,13 @@ def reverse_table(c):
     return torch.stack([zero, one, *rest], 1).float()
 
 
+def times(c, draw, part=None):
+    """t in 1..T, by their shares, of this process's part of the batch; while G learns by least squares the shares are equal."""
+    share = torch.tensor(c.t_weights if c.t_weights and draw > 2 * c.pretrain + 1 else [1] * c.T, dtype=torch.float64)
+    u = runs.spread(c, draw, part, alike=4)  # since D compares four samples
+    return torch.bucketize(u, share.cumsum(0)[:-1] / share.sum(), right=True).to(c.device) + 1
+
+
 def real_pair(c, x0, t, table, draw):
     """x_s and x_t of the forward process: x_t is made of x_s."""
     first = runs.rows(c.batch).start
@@ -155,10 +186,10 @@ def real_pair(c, x0, t, table, draw):
 
 
 def generate(c, net, x_t, t, z, label=None):
-    """x0' (B, ...) in float32; with --fake direct x_s itself, which has no bound."""
+    """x0' (B, ...) in float32; unbounded for points, and with --fake direct, where it is x_s."""
     with runs.autocast(c):
         out = net(x_t, t * (1000 / c.T), label, z if c.z else None)
-    return out.float() if c.fake == "direct" else out.float().tanh()
+    return out.float() if c.fake == "direct" or x_t.ndim == 2 else out.float().tanh()
 
 
 def fake_half(c, net, x_t, t, table, draw, label):
@@ -169,15 +200,21 @@ def fake_half(c, net, x_t, t, table, draw, label):
     return denoise_step(x_t, x0, table[t], c.seed, first, draw + 3, NOISE), x0
 
 
-def gan_loss(c, logit, real):
-    """Of each sample: softplus(-logit) to be taken for real, softplus(logit) for fake; or the same by way of the probability."""
+def gan_loss(c, up, down=None):
+    """Of each sample, from D's logits (B,): small where `up` is large and `down`, if any, small.
+
+    D's loss is that of (real, fake); G's that of (fake, real), of which only the relativistic one (Jolicoeur-Martineau 2018) needs real.
+    """
+    if c.gan_loss == "relativistic":
+        return F.softplus(down - up)
     if c.gan_loss == "bce":
-        return F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, float(real)), reduction="none")
-    return F.softplus(-logit if real else logit)
+        loss = lambda logit, wanted: F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, wanted), reduction="none")
+        return loss(up, 1.0) if down is None else loss(up, 1.0) + loss(down, 0.0)
+    return F.softplus(-up) if down is None else F.softplus(-up) + F.softplus(down)
 
 
 def penalty(logit, x_s):
-    """|grad D|^2 at real x_s, the mean over the batch: R1 without its weight (Mescheder 2018), differentiable."""
+    """|grad D|^2 at these x_s, the mean over the batch: R1 without its weight (Mescheder 2018), differentiable."""
     grad, = torch.autograd.grad(logit.sum(), x_s, create_graph=True)
     return grad.square().flatten(1).sum(1).mean()
 
@@ -232,17 +269,15 @@ def train(c):
                               for n, lr in ((net, c.lr), (critic, c.lr_d)))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic, optimizer_d=optimizer_d)
     G, D = (torch.compile(net), torch.compile(critic)) if c.compile else (net, critic)
+    relativistic = c.gan_loss == "relativistic"
     forward, reverse = forward_table(c).to(c.device), reverse_table(c).to(c.device)
 
     def judged(x_s, x_t, t, label):
         with runs.autocast(c):
             return D(x_s, x_t, t * (1000 / c.T), label).float()
 
-    def times(draw, part=None):  # each of 1..T as often as any other
-        return (runs.spread(c, draw, part) * c.T).long().clamp(max=c.T - 1).to(c.device) + 1
-
     def by_t(value, t, draw):  # means over the samples of each t: (T,); of the whole batch, once Run has averaged the processes
-        count = times(draw, slice(None)).bincount(minlength=c.T + 1)[1:]
+        count = times(c, draw, slice(None)).bincount(minlength=c.T + 1)[1:]
         return torch.zeros(c.T, device=c.device).index_add(0, t - 1, value.detach().float()) * runs.world() / count
 
     for step in run:
@@ -254,38 +289,47 @@ def train(c):
         if step <= c.pretrain:
             optimizer.param_groups[0]["lr"] = c.lr_pretrain * min(1, step / 100)
 
+        loss_d = loss_g = torch.zeros(len(x0), device=c.device)  # logged while that network is not trained on it
+        real = fake = loss_d > 0  # where D is right
+
         # The discriminator: real pairs against fake ones of the same x_t
-        t, draw = times(2 * step), 8 * step
-        x_s, x_t = real_pair(c, x0, t, forward, draw)
-        with torch.no_grad():
-            fake, _ = fake_half(c, G, x_t, t, reverse, draw, label)
-        penalised = c.r1 > 0 and step % c.r1_every == 0
-        real_logit, fake_logit = judged(x_s.requires_grad_(penalised), x_t, t, label), judged(fake, x_t, t, label)
-        loss_d = gan_loss(c, real_logit, True) + gan_loss(c, fake_logit, False)
-        loss = loss_d.mean()
-        if penalised:
-            r1 = penalty(real_logit, x_s)
-            critic.r1, loss = r1.detach(), loss + c.r1 / 2 * r1  # lazily, yet not multiplied by the interval
-        optimizer_d.zero_grad(set_to_none=True)
-        loss.backward()
-        runs.average_gradients(critic.parameters())
-        optimizer_d.step()
+        t, draw = times(c, 2 * step), 8 * step
+        if step > c.pretrain - 300:
+            x_s, x_t = real_pair(c, x0, t, forward, draw)
+            with torch.no_grad():
+                x_f, _ = fake_half(c, G, x_t, t, reverse, draw, label)
+            penalised = c.r1 > 0 and step % c.r1_every == 0
+            real_logit = judged(x_s.requires_grad_(penalised), x_t, t, label)
+            fake_logit = judged(x_f.requires_grad_(penalised and relativistic), x_t, t, label)
+            loss_d = gan_loss(c, real_logit, fake_logit)
+            real, fake = (real_logit > fake_logit,) * 2 if relativistic else (real_logit > 0, fake_logit < 0)
+            loss = loss_d.mean()
+            if penalised:  # relativistic: on both sides (Huang 2024), without which it need not converge
+                r1 = penalty(real_logit, x_s) + (penalty(fake_logit, x_f) if relativistic else 0)
+                critic.r1, loss = r1.detach(), loss + c.r1 / 2 * r1  # lazily, yet not multiplied by the interval
+            optimizer_d.zero_grad(set_to_none=True)
+            loss.backward()
+            runs.average_gradients(critic.parameters())
+            optimizer_d.step()
 
         # The generator, with t, noise and z of its own
-        u, draw = times(2 * step + 1), 8 * step + 4
-        _, x_u = real_pair(c, x0, u, forward, draw)
-        fake, x0_ = fake_half(c, G, x_u, u, reverse, draw, label)
-        loss_g = gan_loss(c, judged(fake, x_u, u, label), True)
+        u, draw = times(c, 2 * step + 1), 8 * step + 4
+        x_s, x_u = real_pair(c, x0, u, forward, draw)
+        x_f, x0_ = fake_half(c, G, x_u, u, reverse, draw, label)
+        loss = error = (x0_ - x0).square().mean()
+        if step > c.pretrain:
+            with torch.no_grad():
+                reference = judged(x_s, x_u, u, label) if relativistic else None
+            loss_g = gan_loss(c, judged(x_f, x_u, u, label), reference)
+            loss = loss_g.mean()
         optimizer.zero_grad(set_to_none=True)
-        error = (x0_ - x0).square().mean()
-        (error if step <= c.pretrain else loss_g.mean()).backward(inputs=list(net.parameters()))
+        loss.backward(inputs=list(net.parameters()))
         runs.average_gradients(net.parameters())
         optimizer.step()
         ema.update(net)
 
-        run.log(loss_d=by_t(loss_d, t, 2 * step), loss_g=by_t(loss_g, u, 2 * step + 1), r1=critic.r1, real=by_t(real_logit > 0, t, 2 * step),
-                fake=by_t(fake_logit < 0, t, 2 * step), error=error,
-                spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
+        run.log(loss_d=by_t(loss_d, t, 2 * step), loss_g=by_t(loss_g, u, 2 * step + 1), r1=critic.r1, real=by_t(real, t, 2 * step),
+                fake=by_t(fake, t, 2 * step), error=error, spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
         if step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(run.last["real"], run.last["fake"], run.last["spread"][0]))
     runs.leave()
@@ -298,6 +342,12 @@ def check(c):
     with runs.inputs():
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
+        fit = lambda share: len(share) == c.T and c.batch * min(share) >= 4 * sum(share)
+        if c.t_weights and "t_weights" not in c.given and not fit(c.t_weights):
+            c.t_weights = ()  # a recipe's are for its own T and batch
+        if not fit(share := c.t_weights or [1] * c.T):
+            raise ValueError(f"--t-weights {','.join(map(str, share))} need T = {len(share)} and a --batch of at least "
+                             f"{-(-4 * sum(share) // min(share))}: D compares four samples of each t")
         if c.batch % (4 * runs.world()):
             raise ValueError(f"--batch {c.batch} is no multiple of 4 for each process, in which D compares samples")
         if "heads" in c.given and not c.attention:

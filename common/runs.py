@@ -230,13 +230,15 @@ def training_batch(data, c, step, flip=False):
     return data.batch(batch_index(len(data), c.batch, c.seed, step)[part], c.device, mirrored)
 
 
-def spread(c, step, part=None):
+def spread(c, step, part=None, alike=1):
     """One u in [0, 1) for each sample of update `step`'s batch, or of its part, by default this process's: float64, on the CPU.
 
-    One in each of `batch` equal parts, all shifted alike: a batch's mean varies less (Kingma 2021, appendix I.1).
+    One in each of `batch` equal parts, all shifted alike: a batch's mean varies less (Kingma 2021, appendix I.1). Of as many
+    consecutive samples as `alike` says, all have the same u.
     """
     shift = torch.rand((), generator=generator(c.seed, TIME, step), dtype=torch.float64)
-    return ((torch.arange(c.batch) + shift) / c.batch)[rows(c.batch) if part is None else part]
+    u = (torch.arange(c.batch // alike) + shift) / (c.batch // alike)
+    return u.repeat_interleave(alike)[rows(c.batch) if part is None else part]
 
 
 def count_labels(c, classes):

@@ -69,7 +69,7 @@ def test_renoised_pairs_differ_in_their_residual_variance_and_posterior_pairs_do
             assert_close(on_x0, torch.zeros_like(on_x0), atol=1e-6, rtol=0)  # the mean betrays neither
             variance[fake] = (1 - a.sqrt() * c_x) ** 2 * (1 - ab[t]) + a * c_n ** 2
 
-            x0 = torch.full((4, 100_000), 0.3)
+            x0 = torch.full((4, 1, 1, 100_000), 0.3)
             table, steps = ddgan.forward_table(c), torch.full((4,), t)
             _, x_t = ddgan.real_pair(c, x0, steps, table, draw=0)
             perfect = lambda x, t, label, z: x0.atanh()
@@ -102,11 +102,11 @@ def test_a_generator_that_draws_from_the_true_posterior_gives_the_data(T, fake):
     c, ab, mean, var = settings(T=T, fake=fake, z=2), alpha_bar("ddgan", T).float(), 0.2, 0.01
 
     def exact(x, t, label, z):
-        at = ab[(t * T / 1000).round().long()][:, None]
+        at = ab[(t * T / 1000).round().long()].view(-1, 1, 1, 1)
         gain = at.sqrt() * var / (at * var + 1 - at)
-        x0 = mean + gain * (x - at.sqrt() * mean) + (var * (1 - at) / (at * var + 1 - at)).sqrt() * z
+        x0 = mean + gain * (x - at.sqrt() * mean) + (var * (1 - at) / (at * var + 1 - at)).sqrt() * z.view(-1, 1, 1, 2)
         return x0.atanh()
-    x = ddgan.sample(c, exact, (2,), 0, 40_000).double()
+    x = ddgan.sample(c, exact, (1, 1, 2), 0, 40_000).double().view(-1, 2)
     assert_close(x.mean(0), torch.full((2,), mean, dtype=torch.float64), atol=0.003, rtol=0)
     assert_close(x.var(0), torch.full((2,), var, dtype=torch.float64), rtol=0.04, atol=0)
     assert abs(x.T.corrcoef()[0, 1]) < 0.02 and (x - mean).pow(4).mean() / var ** 2 == pytest.approx(3, abs=0.15)
@@ -144,21 +144,38 @@ def test_gradients_of_the_discriminator_reach_every_parameter_of_G(shape):
     x_t = torch.randn(8, *shape)
     t = torch.arange(8) % 4 + 1
     x_s, _ = ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 0, None)
-    ddgan.gan_loss(c, critic(x_s, x_t, t * 250.0), True).mean().backward()
+    ddgan.gan_loss(c, critic(x_s, x_t, t * 250.0)).mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
-def test_both_gan_losses_are_the_same_until_the_probability_rounds():
-    logit = torch.tensor([-3.0, -0.2, 0.0, 1.5, 6.0])
-    for real in (True, False):
-        assert_close(ddgan.gan_loss(settings(), logit, real), ddgan.gan_loss(settings(gan_loss="bce"), logit, real), rtol=1e-4, atol=1e-6)
-        assert_close(ddgan.gan_loss(settings(), logit, real), -torch.nn.functional.logsigmoid(logit if real else -logit))
+def test_gan_losses_are_logarithms_of_probabilities():
+    real, fake = torch.tensor([-3.0, -0.2, 0.0, 1.5, 6.0]).double(), torch.tensor([2.0, -0.2, -4.0, 1.0, -6.0]).double()
+    log_sure = lambda logit: (1 / (1 + (-logit).exp())).log()
+    for kind in ("softplus", "bce"):  # Goodfellow 2014, the generator's being the one that does not saturate
+        c = settings(gan_loss=kind)
+        assert_close(ddgan.gan_loss(c, real, fake), -log_sure(real) - log_sure(-fake))
+        assert_close(ddgan.gan_loss(c, fake), -log_sure(fake))
+    c = settings(gan_loss="relativistic")  # Jolicoeur-Martineau 2018, paired: the probability that real is more real than fake
+    assert_close(ddgan.gan_loss(c, real, fake), -log_sure(real - fake))
+    assert_close(ddgan.gan_loss(c, fake, real), -log_sure(fake - real))
     sure = torch.tensor([-40.0], requires_grad=True)  # D is certain that this is fake
-    slope = {}
-    for kind in ("softplus", "bce"):
-        slope[kind], = torch.autograd.grad(ddgan.gan_loss(settings(gan_loss=kind), sure, True).sum(), sure)
-    assert slope["softplus"] == -1 and slope["bce"].abs() < 1e-4  # G still learns; G learns nothing
+    slope = {kind: torch.autograd.grad(ddgan.gan_loss(settings(gan_loss=kind), sure, torch.zeros(1)).sum(), sure)[0]
+             for kind in ("softplus", "relativistic", "bce")}
+    assert slope["softplus"] == slope["relativistic"] == -1 and slope["bce"].abs() < 1e-4  # G still learns; G learns nothing
+
+
+@pytest.mark.parametrize("c", [settings(t_weights=(2, 10, 3, 1)), settings(), settings(T=3), settings(T=3, t_weights=(1, 2, 1), batch=24)],
+                         ids=lambda c: f"{c.T} {c.t_weights}")
+def test_each_t_has_its_share_and_fours_share_one(c):
+    c.pretrain = 10
+    want = torch.tensor(c.t_weights or [1] * c.T, dtype=torch.float64) / sum(c.t_weights or [1] * c.T)
+    drawn = torch.stack([ddgan.times(c, draw) for draw in range(22, 1022)])
+    assert (drawn.unflatten(1, (-1, 4)) == drawn[:, ::4, None]).all()
+    assert_close(drawn.flatten().bincount(minlength=c.T + 1)[1:] / drawn.numel(), want.float(), atol=0.02, rtol=0)
+    assert_close(torch.cat([ddgan.times(c, 50, slice(0, 12)), ddgan.times(c, 50, slice(12, None))]), drawn[28])
+    if c.batch == 64 and c.T == 4:  # while G learns by least squares: equal shares
+        assert ddgan.times(c, 21).bincount().tolist() == [0, 16, 16, 16, 16]
 
 
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():
@@ -178,13 +195,16 @@ def test_minibatch_standard_deviation_is_of_four_consecutive_samples():
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (1, 7, 7), (2,)])
 def test_discriminator_takes_pairs_times_and_labels(shape):
-    critic = started(ddgan.Discriminator(shape, 8, 3))
+    pictures = len(shape) == 3  # points have no labels
+    critic = started(ddgan.Discriminator(shape, 8, 3 if pictures else 0))
     x_s, x_t = torch.randn(2, 8, *shape)
-    one = critic(x_s, x_t, torch.full((8,), 250.0), torch.zeros(8, dtype=torch.long))
+    label = torch.zeros(8, dtype=torch.long) if pictures else None
+    one = critic(x_s, x_t, torch.full((8,), 250.0), label)
     assert one.shape == (8,)
-    for other in (critic(x_s, x_t, torch.full((8,), 500.0), torch.zeros(8, dtype=torch.long)),
-                  critic(x_s, x_t, torch.full((8,), 250.0), torch.ones(8, dtype=torch.long)),
-                  critic(x_s, -x_t, torch.full((8,), 250.0), torch.zeros(8, dtype=torch.long))):
+    others = [critic(x_s, x_t, torch.full((8,), 500.0), label), critic(x_s, -x_t, torch.full((8,), 250.0), label)]
+    if pictures:
+        others.append(critic(x_s, x_t, torch.full((8,), 250.0), label + 1))
+    for other in others:
         assert (one - other).abs().max() > 1e-4
 
 
