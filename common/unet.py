@@ -1,4 +1,4 @@
-"""The networks: one U-Net for pictures in all six methods, and a small MLP with the same call for 2-D points.
+"""The networks: one U-Net for pictures in all six methods, a small MLP with the same call for 2-D points, and what a GAN adds.
 
     net(x, t, label=None, z=None, context=None)
         x        (B, C, H, W) pictures or latents, or (B, C) points
@@ -245,3 +245,62 @@ class MLP(nn.Module):
             scale, shift = block["scale_shift"](e).chunk(2, 1)
             h = h + block["out"](F.silu(block["hidden"](block["norm"](h) * (1 + scale) + shift)))
         return self.last(self.last_norm(h))
+
+
+def mlp(c_in, c_out, width, activation):
+    """Three hidden layers. Their first biases are spread over the points, or every kink would pass through 0."""
+    layers = [nn.Linear(c_in, width), nn.Linear(width, width), nn.Linear(width, width)]
+    for i, layer in enumerate(layers):
+        nn.init.kaiming_normal_(layer.weight, 0.2)
+        nn.init.normal_(layer.bias, std=0.1 if i else 1.0)
+    return nn.Sequential(*(part for layer in layers for part in (layer, activation)), nn.Linear(width, c_out))
+
+
+class PointsGenerator(nn.Module):
+    """ddgan.py's generator of points, with the U-Net's call. tanh: modes are plateaus with cliffs between them, which ReLU hardly learns."""
+
+    def __init__(self, dim, width, z):
+        super().__init__()
+        self.mlp = mlp(dim + 16 + z, dim, width, nn.Tanh())
+
+    def forward(self, x, t, label=None, z=None):
+        return self.mlp(torch.cat([4 * x, fourier_time(t, 16), *([] if z is None else [z])], 1))
+
+
+class Discriminator(nn.Module):
+    """ddgan.py's D(x_s, x_t, t, label) -> logits (B,). The U-Net's blocks, from half of the map's side down to 4; for points an MLP."""
+
+    def __init__(self, shape, width, classes):
+        super().__init__()
+        self.register_buffer("r1", torch.zeros(()))  # the last penalty, to be shown until the next
+        if len(shape) == 1:
+            self.mlp = mlp(2 * shape[0] * 7 + 17, 1, width, nn.LeakyReLU(0.2))
+            return
+        downs = max(1, round(math.log2(shape[-1] / 4)))
+        channels = [width * min(2 ** i, 4) for i in range(downs)]
+        self.embedding = Embedding(width, 4 * width, classes)
+        self.first = nn.Conv2d(2 * shape[0], width, 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList(Block(a, b, 4 * width, -1 if i else 0) for i, (a, b) in enumerate(zip([width, *channels], channels)))
+        self.norm, self.mix = norm(channels[-1]), nn.Conv2d(channels[-1] + 1, channels[-1], 3, padding=1)
+        side = shape[-1] // 2
+        for _ in range(downs - 1):
+            side = -(-side // 2)
+        self.last = nn.Linear(channels[-1] * side ** 2, 1)
+
+    def forward(self, x_s, x_t, t, label=None):
+        x = torch.cat([x_s, x_t], 1)
+        if x.ndim == 2:
+            x = fourier_input(4 * x, (-2, -1, 0))  # what is smaller than the distance between modes
+            return self.mlp(torch.cat([x, fourier_time(t, 16), spread_of_fours(x_s)], 1)).squeeze(1)
+        e, h = self.embedding(t, label), self.first(x)
+        for block in self.blocks:
+            h = block(h, e)
+        h = F.silu(self.mix(torch.cat([self.norm(h), spread_of_fours(h)], 1)))
+        return self.last(h.flatten(1)).squeeze(1)
+
+
+def spread_of_fours(h):
+    """The minibatch standard deviation (Karras 2017) of four consecutive samples each, as one more channel: (B, 1, ...)."""
+    fours = h.to(torch.promote_types(h.dtype, torch.float32)).unflatten(0, (-1, 4))
+    std = (fours.var(1, unbiased=False) + 1e-8).sqrt().flatten(1).mean(1)  # (B / 4,)
+    return std.repeat_interleave(4).view(-1, *[1] * (h.ndim - 1)).expand(-1, 1, *h.shape[2:]).to(h.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import ddgan
-from common import runs
+from common import runs, unet
 from common.schedules import alpha_bar
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_gradients_reach_G_through_the_posterior_step():
 @pytest.mark.parametrize("shape", [(1, 16, 16), (2,)])
 def test_gradients_of_the_discriminator_reach_every_parameter_of_G(shape):
     c = settings(width=8, attention=(), width_d=8, batch=8, z=5)
-    net, critic = started(ddgan.network(c, shape)), started(ddgan.Discriminator(shape, 8, 0))
+    net, critic = started(ddgan.network(c, shape)), started(unet.Discriminator(shape, 8, 0))
     x_t = torch.randn(8, *shape)
     t = torch.arange(8) % 4 + 1
     x_s, _ = ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 0, None)
@@ -181,22 +181,22 @@ def test_each_t_has_its_share_and_fours_share_one(c):
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():
     torch.manual_seed(0)
     h = torch.randn(8, 3, 2, 2)
-    got = ddgan.spread_of_fours(h)
+    got = unet.spread_of_fours(h)
     assert got.shape == (8, 1, 2, 2)
     for first in (0, 4):
         want = h[first:first + 4].double().std(0, correction=0).mean().float()
         assert_close(got[first:first + 4], want.expand(4, 1, 2, 2))
-    assert_close(ddgan.spread_of_fours(h[4:]), got[4:])  # a process that has the second half
-    assert ddgan.spread_of_fours(torch.randn(4, 5)).shape == (4, 1)
+    assert_close(unet.spread_of_fours(h[4:]), got[4:])  # a process that has the second half
+    assert unet.spread_of_fours(torch.randn(4, 5)).shape == (4, 1)
     x = torch.zeros(4, 2, 1, 1, requires_grad=True)  # four equal samples: a slope, not NaN
-    ddgan.spread_of_fours(x).sum().backward()
+    unet.spread_of_fours(x).sum().backward()
     assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (1, 7, 7), (2,)])
 def test_discriminator_takes_pairs_times_and_labels(shape):
     pictures = len(shape) == 3  # points have no labels
-    critic = started(ddgan.Discriminator(shape, 8, 3 if pictures else 0))
+    critic = started(unet.Discriminator(shape, 8, 3 if pictures else 0))
     x_s, x_t = torch.randn(2, 8, *shape)
     label = torch.zeros(8, dtype=torch.long) if pictures else None
     one = critic(x_s, x_t, torch.full((8,), 250.0), label)
@@ -210,7 +210,7 @@ def test_discriminator_takes_pairs_times_and_labels(shape):
 
 def test_penalty_is_the_squared_gradient_on_real_pairs():
     """R1 by double backward, against differences of the logits in float64."""
-    critic = started(ddgan.Discriminator((1, 8, 8), 4, 0)).double()
+    critic = started(unet.Discriminator((1, 8, 8), 4, 0)).double()
     x_s, x_t, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.full((4,), 250.0)
     got = ddgan.penalty(critic(x_s.requires_grad_(), x_t, t), x_s)
     grad = torch.zeros_like(x_s)

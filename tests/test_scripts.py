@@ -166,6 +166,16 @@ def test_every_ablation_of_ddgan_trains_and_samples(place, flags):
     assert "64 samples" in done.stdout and np.isfinite(losses(folder)).all()
 
 
+def test_the_discriminator_rests_until_300_updates_before_the_gan_begins(place):
+    critics = []
+    for iters in (1, 10, 20):
+        run(place, "ddgan", "--train", "--iters", iters, *SMALL["ddgan"], "--pretrain", 310, "--run", "rests")
+        critics.append(weights(place / "rests")["critic"])
+    assert same(critics[0], critics[1]) and not same(critics[1], critics[2])
+    rows = np.genfromtxt(place / "rests" / "metrics.csv", delimiter=",", names=True)
+    assert rows["loss_d_2"][0] == 0 < rows["loss_d_2"][1] and (rows["loss_g_2"] == 0).all() and (rows["error"] > 0).all()
+
+
 @pytest.mark.parametrize("script", SMALL)
 def test_evaluate_judges_pictures(place, script):
     done = run(place, script, "--evaluate", "--n", 100, *STEPS[script])
