@@ -62,8 +62,8 @@ class Config:
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_000, lr=1.5e-4,
                                                 lr_d=1.4e-3, t_weights=(2, 10, 3, 1), r1=1, r1_every=4, decay=5_300, minutes=14)),
-    **dict.fromkeys(("swirl", "gaussians"), dict(z=2, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1=0.1, r1_every=1,
-                                                 decay=25_000, iters=25_000)),
+    **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
+                                                 decay=30_000, iters=30_000)),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
     "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02,
