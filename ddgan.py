@@ -309,8 +309,8 @@ def main():
         runs.load_states(saved, c.checkpoint, ema=ema)
     net = torch.compile(ema.net) if c.compile else ema.net
     if c.sample:
-        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.n or 64, c.label)
-        x, watch = draw(c, net, shape, c.n or 64, label, frames)
+        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.sheet, c.label)
+        x, watch = draw(c, net, shape, c.sheet, label, frames)
         with runs.inputs():
             print(watch.report(c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:

@@ -258,8 +258,8 @@ def main():
     elif c.interpolate:
         interpolate(c, net, shape, c.n or 8, steps)
     elif c.sample:
-        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.n or 64, c.label)
-        x, watch = draw(c, net, shape, c.n or 64, steps, label, frames)
+        frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.sheet, c.label)
+        x, watch = draw(c, net, shape, c.sheet, steps, label, frames)
         with runs.inputs():
             print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:

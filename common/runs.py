@@ -105,8 +105,9 @@ def _unfit(m, values):
 def parse(method, Config, recipes, doc):
     """The command line as one namespace: the actions, and Config's and Shared's fields from the flag, the recipe or the default.
 
-    method: the script's name, which runs and checkpoints bear; recipes: data set or name of a folder -> {field: value}, `pictures` is any other path.
-    Also set: method, given (the fields set by flags), name (of the data), train_fields (what belongs to a trained model).
+    method: the script's name, which runs and checkpoints bear; recipes: data set or name of a folder -> {field: value}, `pictures` is
+    any other path. Also set: method, given (the fields set by flags), sheet (samples to draw), name (of the data), train_fields (what
+    belongs to a trained model).
     Ends with exit status 2 and one line for whatever is wrong with a flag; without an action prints the help and ends.
     """
     fields = {f.name: f for part in (Config, Shared) for f in dataclasses.fields(part)}
@@ -133,7 +134,7 @@ def parse(method, Config, recipes, doc):
 
     flagged = vars(parser.parse_args())
     c = argparse.Namespace(**dict.fromkeys(ACTIONS, False) | {name: f.default for name, f in fields.items()} | flagged)
-    c.method, c.given = method, fields.keys() & flagged
+    c.method, c.given, c.sheet = method, fields.keys() & flagged, c.n or 64
     c.sample = c.sample or any(fields[name].metadata["acts"] for name in c.given)
     actions = [action for action in ACTIONS if getattr(c, action)]
     if not actions:
@@ -442,7 +443,7 @@ class Run:
     def _begin(self):
         """Write config.json, and drop what a killed run logged after its last checkpoint: it will be computed again."""
         import numpy
-        settings = {name: value for name, value in vars(self.c).items() if name not in ("given", "train_fields")}
+        settings = {name: value for name, value in vars(self.c).items() if name not in ("given", "sheet", "train_fields")}
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=numpy.__version__)
         settings |= dict(data_shape=self.data["shape"], versions=versions, processes=world(), command=" ".join(sys.argv))
         with written(self.c.run / "config.json") as file:
@@ -568,6 +569,8 @@ def finish(c, trained):
         pictures.curves(c.run)
         if not trained:
             print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
+        if not c.sample:
+            c.sheet = min(c.sheet, 64)  # an --n of thousands is for --evaluate
         c.sample = c.sample or trained or not (c.run / "samples.png").exists()
 
 

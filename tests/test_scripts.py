@@ -184,6 +184,11 @@ def test_evaluate_judges_pictures(place, script):
     assert (script != "ddpm") or 0.1 < result["bits/dim"] < 20
 
 
+def test_the_number_to_judge_is_not_the_number_on_the_sheet(place):
+    done = run(place, "ddim", "--train", "--iters", "10", *SMALL["ddim"], "--evaluate", "--n", 100, "--run", "sheet")
+    assert "64 samples" in done.stdout and json.loads((place / "sheet" / "evaluation.json").read_text())["samples"] == 100
+
+
 def test_labels_guidance_and_learned_variance(place):
     run(place, "ddpm", "--train", "--iters", "30", *SMALL["ddpm"], "--conditional", "--variance", "learned", "--predict", "eps", "--run", "labels")
     run(place, "ddpm", "--sample", "--run", "labels", "--n", 12, "--steps", 5, "--guidance", 2, "--out", "c.npz")
