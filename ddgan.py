@@ -6,7 +6,9 @@
     python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
     python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
 
-Its samples are not yet good: the README's "DDGAN, so far" says what was measured.
+Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 2.7 (floor 0.16), recall 0.97, one run. The 25 Gaussians: all of
+them, 96 % of the points within 3 sigma, 9 minutes on one core. What does it, by trial: the loss of pairs with the same x_t, shares of t
+that favour t = 2, R1 on both sides, and for points tanh in G and Fourier features in D.
 """
 import math
 from dataclasses import dataclass
@@ -74,6 +76,7 @@ RECIPES = {  # what differs from Config, by data set; `pictures` is any path
                  decay=985_000, iters=985_000, flip=True),
     "pictures": dict(flip=True),
 }
+PLAIN = dict(pretrain=0, lr=2e-4, lr_d=2e-4)  # with --T 1, where a recipe has a pretrain: of pure noise it would learn the mean picture
 
 # ========================================================================================================== Notation
 # x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  s = t - 1;  z (B, c.z) the latent;  x_s, x_t the pictures after s and t steps
@@ -280,6 +283,8 @@ def check(c):
     with runs.inputs():
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
+        if c.T == 1 and c.pretrain and "pretrain" not in c.given:
+            vars(c).update({name: value for name, value in PLAIN.items() if name not in c.given})
         fit = lambda share: len(share) == c.T and c.batch * min(share) >= 4 * sum(share)
         if c.t_weights and "t_weights" not in c.given and not fit(c.t_weights):
             c.t_weights = ()  # a recipe's are for its own T and batch

@@ -158,7 +158,7 @@ def test_ddgan_nears_the_spiral_and_takes_labels(place):
             assert arrays["arr_1"].tolist() == want
 
 
-@pytest.mark.parametrize("flags", [["--T", "1"], ["--T", "8", "--z", "0", "--batch", "32"], ["--fake", "renoise"], ["--fake", "direct"], ["--gan-loss", "bce"], ["--gan-loss", "softplus"], ["--r1", "0"],
+@pytest.mark.parametrize("flags", [["--T", "1"], ["--T", "1", "--pretrain", "0"], ["--T", "8", "--z", "0", "--batch", "32"], ["--fake", "renoise"], ["--fake", "direct"], ["--gan-loss", "bce"], ["--gan-loss", "softplus"], ["--r1", "0"],
                                    ["--T", "3", "--t-weights", "1,2,1", "--resample", "conv", "--decay", "10"]], ids=" ".join)
 def test_every_ablation_of_ddgan_trains_and_samples(place, flags):
     folder = place / f"gan{'-'.join(flags)}"
