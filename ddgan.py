@@ -285,14 +285,15 @@ def check(c):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
         if c.T == 1 and c.pretrain and "pretrain" not in c.given:
             vars(c).update({name: value for name, value in PLAIN.items() if name not in c.given})
-        fit = lambda share: len(share) == c.T and c.batch * min(share) >= 4 * sum(share)
-        if c.t_weights and "t_weights" not in c.given and not fit(c.t_weights):
-            c.t_weights = ()  # a recipe's are for its own T and batch
-        if not fit(share := c.t_weights or [1] * c.T):
-            raise ValueError(f"--t-weights {','.join(map(str, share))} need T = {len(share)} and a --batch of at least "
-                             f"{-(-4 * sum(share) // min(share))}: D compares four samples of each t")
         if c.batch % (4 * runs.world()):
             raise ValueError(f"--batch {c.batch} is no multiple of 4 for each process, in which D compares samples")
+        least = lambda share: -(-4 * sum(share) // min(share))  # the batch in which each t has four samples
+        if c.t_weights and "t_weights" not in c.given and (len(c.t_weights) != c.T or c.batch < least(c.t_weights)):
+            c.t_weights = ()  # a recipe's are for its own T and batch
+        if len(share := c.t_weights or [1] * c.T) != c.T:
+            raise ValueError(f"--t-weights has {len(share)} shares for T = {c.T} steps: give one for each")
+        if c.batch < least(share):
+            raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: at least {least(share)}")
         if "heads" in c.given and not c.attention:
             raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
         if not c.conditional and c.label >= 0:
