@@ -50,8 +50,9 @@ class Config:
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 2,10,3,1; default: equal ones", low=1)
-    pretrain: int = option(0, "first updates, in which G learns x0 by least squares; D learns only in the last 300 of them", low=0)
+    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 3,11,1,1; default: equal ones", low=1)
+    pretrain: int = option(0, "first updates, in which G learns by least squares alone; D learns only in the last 300 of them", low=0)
+    recon: float = option(0.0, "weight of these least squares, alpha_bar_t |x0' - x0|^2, beside the GAN's loss", low=0)
     lr_pretrain: float = option(2e-3, "the generator's learning rate in them", above=0)
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
@@ -62,8 +63,8 @@ class Config:
 
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_000, lr=1.5e-4,
-                                                lr_d=1.4e-3, t_weights=(2, 10, 3, 1), r1=1, r1_every=4, decay=5_300, minutes=14)),
+    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_300, recon=0.1,
+                                                lr=1.5e-4, lr_d=1.4e-3, t_weights=(3, 11, 1, 1), r1=1, r1_every=4, decay=5_300, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
                                                  decay=30_000, iters=30_000)),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
@@ -76,7 +77,7 @@ RECIPES = {  # what differs from Config, by data set; `pictures` is any path
                  decay=985_000, iters=985_000, flip=True),
     "pictures": dict(flip=True),
 }
-PLAIN = dict(pretrain=0, lr=2e-4, lr_d=2e-4)  # with --T 1, where a recipe has a pretrain: of pure noise it would learn the mean picture
+PLAIN = dict(pretrain=0, recon=0.0, lr=2e-4, lr_d=2e-4)  # with --T 1, where a recipe has a pretrain: of pure noise it would learn the mean picture
 
 # ========================================================================================================== Notation
 # x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  s = t - 1;  z (B, c.z) the latent;  x_s, x_t the pictures after s and t steps
@@ -113,8 +114,8 @@ def reverse_table(c):
 
 
 def times(c, draw, part=None):
-    """t in 1..T, by their shares, of this process's part of the batch; while G learns by least squares the shares are equal."""
-    share = torch.tensor(c.t_weights if c.t_weights and draw > 2 * c.pretrain + 1 else [1] * c.T, dtype=torch.float64)
+    """t in 1..T, by their shares, of this process's part of the batch."""
+    share = torch.tensor(c.t_weights or [1] * c.T, dtype=torch.float64)
     u = runs.spread(c, draw, part, alike=4)  # since D compares four samples
     return torch.bucketize(u, share.cumsum(0)[:-1] / share.sum(), right=True).to(c.device) + 1
 
@@ -211,7 +212,7 @@ def train(c):
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic, optimizer_d=optimizer_d)
     G, D = (torch.compile(net), torch.compile(critic)) if c.compile else (net, critic)
     relativistic = c.gan_loss == "relativistic"
-    forward, reverse = forward_table(c).to(c.device), reverse_table(c).to(c.device)
+    forward, reverse, signal = (table.to(c.device) for table in (forward_table(c), reverse_table(c), alpha_bar("ddgan", c.T).float()))
 
     def judged(x_s, x_t, t, label):
         with runs.autocast(c):
@@ -257,12 +258,13 @@ def train(c):
         u, draw = times(c, 2 * step + 1), 8 * step + 4
         x_s, x_u = real_pair(c, x0, u, forward, draw)
         x_f, x0_ = fake_half(c, G, x_u, u, reverse, draw, label)
-        loss = error = (x0_ - x0).square().mean()
+        error = (x0_ - (x_s if c.fake == "direct" else x0)).square().flatten(1)
+        loss = squares = (signal[u] * error.sum(1)).mean()
         if step > c.pretrain:
             with torch.no_grad():
                 reference = judged(x_s, x_u, u, label) if relativistic else None
             loss_g = gan_loss(c, judged(x_f, x_u, u, label), reference)
-            loss = loss_g.mean()
+            loss = loss_g.mean() + c.recon * squares
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(net.parameters()))
         runs.average_gradients(net.parameters())
@@ -270,7 +272,8 @@ def train(c):
         ema.update(net)
 
         run.log(loss_d=by_t(loss_d, t, 2 * step), loss_g=by_t(loss_g, u, 2 * step + 1), r1=critic.r1, real=by_t(real, t, 2 * step),
-                fake=by_t(fake, t, 2 * step), error=error, spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
+                fake=by_t(fake, t, 2 * step), error=by_t(error.mean(1), u, 2 * step + 1),
+                spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
         if step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(run.last["real"], run.last["fake"], run.last["spread"][0]))
     runs.leave()

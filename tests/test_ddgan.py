@@ -165,17 +165,14 @@ def test_gan_losses_are_logarithms_of_probabilities():
     assert slope["softplus"] == slope["relativistic"] == -1 and slope["bce"].abs() < 1e-4  # G still learns; G learns nothing
 
 
-@pytest.mark.parametrize("c", [settings(t_weights=(2, 10, 3, 1)), settings(), settings(T=3), settings(T=3, t_weights=(1, 2, 1), batch=24)],
+@pytest.mark.parametrize("c", [settings(t_weights=(3, 11, 1, 1)), settings(), settings(T=3), settings(T=3, t_weights=(1, 2, 1), batch=24)],
                          ids=lambda c: f"{c.T} {c.t_weights}")
 def test_each_t_has_its_share_and_fours_share_one(c):
-    c.pretrain = 10
     want = torch.tensor(c.t_weights or [1] * c.T, dtype=torch.float64) / sum(c.t_weights or [1] * c.T)
     drawn = torch.stack([ddgan.times(c, draw) for draw in range(22, 1022)])
     assert (drawn.unflatten(1, (-1, 4)) == drawn[:, ::4, None]).all()
     assert_close(drawn.flatten().bincount(minlength=c.T + 1)[1:] / drawn.numel(), want.float(), atol=0.02, rtol=0)
     assert_close(torch.cat([ddgan.times(c, 50, slice(0, 12)), ddgan.times(c, 50, slice(12, None))]), drawn[28])
-    if c.batch == 64 and c.T == 4:  # while G learns by least squares: equal shares
-        assert ddgan.times(c, 21).bincount().tolist() == [0, 16, 16, 16, 16]
 
 
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():

@@ -66,10 +66,10 @@ def test_a_gan_run_learns_and_tells(place):
     folder = place / "runs" / "ddgan-digits"
     assert {"checkpoint.pt", "config.json", "metrics.csv", "samples.png", "loss.png"} <= {p.name for p in folder.iterdir()}
     rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
-    names = [f"{name}_{t}" for name in ("loss_d", "loss_g", "real", "fake") for t in range(1, 5)]
-    assert {*names, "r1", "spread", "error"} <= {*rows.dtype.names} and len(rows) == 20
-    assert rows["error"][4] < 0.8 * rows["error"][0]  # at the end of --pretrain
-    assert all(((0 <= rows[n]) & (rows[n] <= 1)).all() for n in names[8:]) and rows["r1"][-1] > 0
+    names = [f"{name}_{t}" for name in ("loss_d", "loss_g", "error", "real", "fake") for t in range(1, 5)]
+    assert {*names, "r1", "spread"} <= {*rows.dtype.names} and len(rows) == 20
+    assert rows["error_1"][4] < 0.5 * rows["error_1"][0]  # at the end of --pretrain
+    assert all(((0 <= rows[n]) & (rows[n] <= 1)).all() for n in names[12:]) and rows["r1"][-1] > 0
     assert abs(rows["loss_d_1"] + rows["loss_d_2"] - 4 * np.log(2)).max() > 0.03  # D is not asleep
     sheet = np.asarray(Image.open(folder / "samples.png"))
     assert sheet.ndim == 2 and len(np.unique(sheet)) > 20
@@ -173,7 +173,7 @@ def test_the_discriminator_rests_until_300_updates_before_the_gan_begins(place):
         critics.append(weights(place / "rests")["critic"])
     assert same(critics[0], critics[1]) and not same(critics[1], critics[2])
     rows = np.genfromtxt(place / "rests" / "metrics.csv", delimiter=",", names=True)
-    assert ((rows["loss_d_2"] > 0) == (rows["step"] > 10)).all() and (rows["loss_g_2"] == 0).all() and (rows["error"] > 0).all()
+    assert ((rows["loss_d_2"] > 0) == (rows["step"] > 10)).all() and (rows["loss_g_2"] == 0).all() and (rows["error_2"] > 0).all()
 
 
 @pytest.mark.parametrize("script", SMALL)
