@@ -50,7 +50,7 @@ class Config:
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 3,11,1,1; default: equal ones", low=1)
+    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 6,8,1,1; default: equal ones", low=1)
     pretrain: int = option(0, "first updates, in which G learns by least squares alone; D learns only in the last 300 of them", low=0)
     recon: float = option(0.0, "weight of these least squares, alpha_bar_t |x0' - x0|^2, beside the GAN's loss", low=0)
     lr_pretrain: float = option(2e-3, "the generator's learning rate in them", above=0)
@@ -64,7 +64,7 @@ class Config:
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_300, recon=0.1,
-                                                lr=1.5e-4, lr_d=1.4e-3, t_weights=(3, 11, 1, 1), r1=1, r1_every=4, decay=5_300, minutes=14)),
+                                                lr=1.5e-4, lr_d=1.4e-3, t_weights=(6, 8, 1, 1), r1=1, r1_every=4, decay=5_300, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
                                                  decay=30_000, iters=30_000)),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
