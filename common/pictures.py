@@ -2,6 +2,7 @@
 import csv
 import io
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -45,17 +46,22 @@ def scatter(points):
 
 
 def curves(folder):
-    """loss.png beside a run's metrics.csv: every column over the updates, one panel each."""
+    """loss.png beside a run's metrics.csv: every column over the updates, one panel each; a vector's name_1, name_2, ... share theirs."""
     from matplotlib.figure import Figure
     path = Path(folder) / "metrics.csv"
     table = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    names = [n for n in (table[0] if table else {}) if n not in ("step", "seconds")]
-    if names:
-        figure = Figure(figsize=(6, 2.4 * len(names)), dpi=100, layout="constrained")
-        for name, axes in zip(names, figure.subplots(len(names), squeeze=False)[:, 0]):
-            values = [float(row[name]) for row in table]
-            axes.plot([int(row["step"]) for row in table], values, linewidth=1)
-            axes.set(xlabel="update", ylabel=name, **(dict(yscale="log") if min(values) > 0 else {}))
+    panels = {}
+    for name in (n for n in (table[0] if table else {}) if n not in ("step", "seconds")):
+        panels.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
+    if panels:
+        figure = Figure(figsize=(6, 2.4 * len(panels)), dpi=100, layout="constrained")
+        for (what, names), axes in zip(panels.items(), figure.subplots(len(panels), squeeze=False)[:, 0]):
+            values = {name: [float(row[name]) for row in table] for name in names}
+            for name in names:
+                axes.plot([int(row["step"]) for row in table], values[name], linewidth=1, label=name.removeprefix(what + "_"))
+            axes.set(xlabel="update", ylabel=what, **(dict(yscale="log") if min(map(min, values.values())) > 0 else {}))
+            if len(names) > 1:
+                axes.legend(fontsize="small")
         with written(Path(folder) / "loss.png") as file:
             figure.savefig(file, format="png")
 

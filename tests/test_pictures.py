@@ -45,4 +45,8 @@ def test_curves_draw_every_column(tmp_path):
     tall = Image.open(tmp_path / "loss.png").size[1]
     (tmp_path / "metrics.csv").write_text("step,seconds,loss\n10,1.0,0.5\n20,2.0,0.25\n")
     pictures.curves(tmp_path)
-    assert Image.open(tmp_path / "loss.png").size[1] < tall
+    one = Image.open(tmp_path / "loss.png").size[1]
+    assert one < tall
+    (tmp_path / "metrics.csv").write_text("step,seconds,loss_1,loss_2\n10,1.0,0.5,0.1\n20,2.0,0.25,0.9\n")  # a vector: one panel
+    pictures.curves(tmp_path)
+    assert Image.open(tmp_path / "loss.png").size[1] == one

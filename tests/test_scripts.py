@@ -166,6 +166,14 @@ def test_every_ablation_of_ddgan_trains_and_samples(place, flags):
     assert "64 samples" in done.stdout and np.isfinite(losses(folder)).all()
 
 
+def test_least_squares_stay_beside_the_gan(place):
+    error = {}
+    for recon in (0, 3):
+        run(place, "ddgan", "--train", "--iters", "60", *SMALL["ddgan"], "--pretrain", "0", "--recon", recon, "--run", f"recon{recon}")
+        error[recon] = np.genfromtxt(place / f"recon{recon}" / "metrics.csv", delimiter=",", names=True)["error_1"]
+    assert error[3][-1] < 0.8 * error[0][-1]
+
+
 def test_the_discriminator_rests_until_300_updates_before_the_gan_begins(place):
     critics = []
     for iters in (1, 10, 20):
