@@ -50,9 +50,10 @@ class Config:
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 6,8,1,1; default: equal ones", low=1)
-    pretrain: int = option(0, "first updates, in which G learns by least squares alone; D learns only in the last 300 of them", low=0)
-    recon: float = option(0.0, "weight of these least squares, alpha_bar_t |x0' - x0|^2, beside the GAN's loss", low=0)
+    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 3,11,1,1; default: equal ones", low=1)
+    pretrain: int = option(0, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 alone; D learns only in the last 300 of them", low=0)
+    pretrain_t_weights: tuple = option((), "shares of t in these updates; default: equal ones", low=1)
+    recon: float = option(0.0, "weight of alpha_bar_t^2 |x0' - x0|^2 beside the GAN's loss", low=0)
     lr_pretrain: float = option(2e-3, "the generator's learning rate in them", above=0)
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
@@ -63,8 +64,9 @@ class Config:
 
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_300, recon=0.1,
-                                                lr=1.5e-4, lr_d=1.4e-3, t_weights=(6, 8, 1, 1), r1=1, r1_every=4, decay=5_300, minutes=14)),
+    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_000,
+                                                pretrain_t_weights=(7, 7, 1, 1), t_weights=(3, 11, 1, 1), recon=0.1, lr=3e-4, lr_d=1.4e-3,
+                                                r1=1, r1_every=4, decay=5_300, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
                                                  decay=30_000, iters=30_000)),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
@@ -115,7 +117,8 @@ def reverse_table(c):
 
 def times(c, draw, part=None):
     """t in 1..T, by their shares, of this process's part of the batch."""
-    share = torch.tensor(c.t_weights or [1] * c.T, dtype=torch.float64)
+    pretrain = draw <= 2 * c.pretrain + 1  # two draws an update
+    share = torch.tensor((c.pretrain_t_weights if pretrain else c.t_weights) or [1] * c.T, dtype=torch.float64)
     u = runs.spread(c, draw, part, alike=4)  # since D compares four samples
     return torch.bucketize(u, share.cumsum(0)[:-1] / share.sum(), right=True).to(c.device) + 1
 
@@ -259,12 +262,13 @@ def train(c):
         x_s, x_u = real_pair(c, x0, u, forward, draw)
         x_f, x0_ = fake_half(c, G, x_u, u, reverse, draw, label)
         error = (x0_ - (x_s if c.fake == "direct" else x0)).square().flatten(1)
-        loss = squares = (signal[u] * error.sum(1)).mean()
+        squares = signal[u] * error.sum(1)
+        loss = squares.mean()
         if step > c.pretrain:
             with torch.no_grad():
                 reference = judged(x_s, x_u, u, label) if relativistic else None
             loss_g = gan_loss(c, judged(x_f, x_u, u, label), reference)
-            loss = loss_g.mean() + c.recon * squares
+            loss = (loss_g + c.recon * signal[u] * squares).mean()  # least at large t, where x0 is far from known and G has to choose
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(net.parameters()))
         runs.average_gradients(net.parameters())
@@ -290,13 +294,16 @@ def check(c):
             vars(c).update({name: value for name, value in PLAIN.items() if name not in c.given})
         if c.batch % (4 * runs.world()):
             raise ValueError(f"--batch {c.batch} is no multiple of 4 for each process, in which D compares samples")
-        least = lambda share: -(-4 * sum(share) // min(share))  # the batch in which each t has four samples
-        if c.t_weights and "t_weights" not in c.given and (len(c.t_weights) != c.T or c.batch < least(c.t_weights)):
-            c.t_weights = ()  # a recipe's are for its own T and batch
-        if len(share := c.t_weights or [1] * c.T) != c.T:
-            raise ValueError(f"--t-weights has {len(share)} shares for T = {c.T} steps: give one for each")
-        if c.batch < least(share):
-            raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: at least {least(share)}")
+        for flag in ("t_weights", "pretrain_t_weights"):
+            share = getattr(c, flag) or [1] * c.T
+            least = -(-4 * sum(share) // min(share))  # the batch in which each t has four samples
+            if flag not in c.given and (len(share) != c.T or c.batch < least):
+                share, least = [1] * c.T, 4 * c.T
+                setattr(c, flag, ())  # a recipe's are for its own T and batch
+            if len(share) != c.T:
+                raise ValueError(f"--{flag.replace('_', '-')} has {len(share)} shares for T = {c.T} steps: give one for each")
+            if c.batch < least:
+                raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: at least {least}")
         if "heads" in c.given and not c.attention:
             raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
         if not c.conditional and c.label >= 0:

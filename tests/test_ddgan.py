@@ -165,14 +165,21 @@ def test_gan_losses_are_logarithms_of_probabilities():
     assert slope["softplus"] == slope["relativistic"] == -1 and slope["bce"].abs() < 1e-4  # G still learns; G learns nothing
 
 
-@pytest.mark.parametrize("c", [settings(t_weights=(6, 8, 1, 1)), settings(), settings(T=3), settings(T=3, t_weights=(1, 2, 1), batch=24)],
-                         ids=lambda c: f"{c.T} {c.t_weights}")
+@pytest.mark.parametrize("c", [settings(t_weights=(3, 11, 1, 1)), settings(), settings(T=3), settings(T=3, t_weights=(1, 2, 1), batch=24),
+                               settings(t_weights=(3, 11, 1, 1), pretrain_t_weights=(7, 7, 1, 1), pretrain=600)],
+                         ids=lambda c: f"{c.T} {c.t_weights} {c.pretrain}")
 def test_each_t_has_its_share_and_fours_share_one(c):
-    want = torch.tensor(c.t_weights or [1] * c.T, dtype=torch.float64) / sum(c.t_weights or [1] * c.T)
+    shares = (c.pretrain_t_weights if c.pretrain else c.t_weights) or [1] * c.T
+    want = torch.tensor(shares, dtype=torch.float64) / sum(shares)
     drawn = torch.stack([ddgan.times(c, draw) for draw in range(22, 1022)])
     assert (drawn.unflatten(1, (-1, 4)) == drawn[:, ::4, None]).all()
     assert_close(drawn.flatten().bincount(minlength=c.T + 1)[1:] / drawn.numel(), want.float(), atol=0.02, rtol=0)
     assert_close(torch.cat([ddgan.times(c, 50, slice(0, 12)), ddgan.times(c, 50, slice(12, None))]), drawn[28])
+
+
+def test_pretraining_s_shares_end_with_it():
+    c = settings(pretrain=10, pretrain_t_weights=(13, 1, 1, 1), t_weights=(1, 1, 1, 13))
+    assert [ddgan.times(c, draw).mode().values.item() for draw in (2, 20, 21, 22, 23, 90)] == [1, 1, 1, 4, 4, 4]
 
 
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():

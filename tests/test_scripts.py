@@ -316,7 +316,8 @@ NOT_DDGAN = ("--steps", "--T 1", "--guidance", "--schedule")
 WRONG = [(script, *wrong) for script in SMALL for wrong in WRONG if script != "ddgan" or not any(flag in wrong[0] for flag in NOT_DDGAN)]
 WRONG += [("ddgan", *wrong) for wrong in (
     ("--sample --steps 3", "T = 4"), ("--train --T 9", "at most 8"), ("--train --batch 6 --fresh", "multiple of 4"), ("--train --batch 12 --fresh", "at least 16"),
-    ("--train --t-weights 1,2 --fresh", "shares for T = 4"), ("--train --t-weights 1,20,1,1 --fresh", "at least 92"), ("--train --fake copy", "--fake"),
+    ("--train --t-weights 1,2 --fresh", "shares for T = 4"), ("--train --t-weights 1,20,1,1 --fresh", "at least 92"),
+    ("--train --pretrain-t-weights 1,2 --fresh", "--pretrain-t-weights has 2 shares"), ("--train --fake copy", "--fake"),
     ("--train --width-d 1", "--width-d"), ("--sample --guidance 2", "--guidance"), ("--train --z 20", "z = 10, not 20"), ("--train --z -1", "--z"))]
 
 
