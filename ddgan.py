@@ -326,19 +326,12 @@ def main():
     net = torch.compile(ema.net) if c.compile else ema.net
     if c.sample:
         frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.sheet, c.label)
-        x, watch = draw(c, net, shape, c.sheet, label, frames)
+        x, watch = runs.draw(c, lambda *which: sample(c, net, shape, *which, frames), c.sheet, label)
         with runs.inputs():
             print(watch.report(c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
-        x, watch = draw(c, net, shape, c.n or 1000, runs.sample_labels(c, c.n or 1000))
+        x, watch = runs.draw(c, lambda *which: sample(c, net, shape, *which), c.n or 1000, runs.sample_labels(c, c.n or 1000))
         metrics.write_result(c, metrics.judge(c, x, c.T, watch))
-
-
-def draw(c, net, shape, n, label, frames=None):
-    """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
-    watch = runs.Stopwatch(c.device)
-    return torch.cat([sample(c, net, shape, first, size, None if label is None else label[first:first + size], frames).cpu()
-                      for first, size in watch.batches(n)]), watch
 
 
 if __name__ == "__main__":

@@ -259,19 +259,13 @@ def main():
         interpolate(c, net, shape, c.n or 8, steps)
     elif c.sample:
         frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.sheet, c.label)
-        x, watch = draw(c, net, shape, c.sheet, steps, label, frames)
+        x, watch = runs.draw(c, lambda first, n, y: sample(c, net, shape, first, n, steps, y, frames), c.sheet, label)
         with runs.inputs():
             print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
-        x, watch = draw(c, net, shape, c.n or 1000, steps, runs.sample_labels(c, c.n or 1000))
+        n = c.n or 1000
+        x, watch = runs.draw(c, lambda first, n, y: sample(c, net, shape, first, n, steps, y), n, runs.sample_labels(c, n))
         metrics.write_result(c, metrics.judge(c, x, steps, watch))
-
-
-def draw(c, net, shape, n, steps, label, frames=None):
-    """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
-    watch = runs.Stopwatch(c.device)
-    return torch.cat([sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu()
-                      for first, size in watch.batches(n)]), watch
 
 
 def round_trip(c, net, shape):

@@ -278,22 +278,16 @@ def main():
     if c.sample:
         steps = c.steps or c.T if asked else few
         frames, label = [] if c.out.endswith(".gif") else None, runs.sample_labels(c, c.sheet, c.label)
-        x, watch = draw(c, net, shape, c.sheet, steps, label, frames)
+        x, watch = runs.draw(c, lambda first, n, y: sample(c, net, shape, first, n, steps, y, frames), c.sheet, label)
         with runs.inputs():
             print(watch.report(steps, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
-        x, watch = draw(c, net, shape, c.n or 1000, few, runs.sample_labels(c, c.n or 1000))
+        n = c.n or 1000
+        x, watch = runs.draw(c, lambda first, n, y: sample(c, net, shape, first, n, few, y), n, runs.sample_labels(c, n))
         result = metrics.judge(c, x, few, watch)
         if len(shape) == 3:
             result["bits/dim"], result["bits/dim +-"] = bits_per_dim(c, net, runs.load_data(c, "test"))
         metrics.write_result(c, result)
-
-
-def draw(c, net, shape, n, steps, label, frames=None):
-    """n samples, a batch at a time, and the stopwatch that timed each batch. label: (n,) or None."""
-    watch = runs.Stopwatch(c.device)
-    return torch.cat([sample(c, net, shape, first, size, steps, None if label is None else label[first:first + size], frames).cpu()
-                      for first, size in watch.batches(n)]), watch
 
 
 if __name__ == "__main__":

@@ -647,3 +647,10 @@ class Stopwatch:
         """The line that ends sampling."""
         n, s = (sum(column) for column in zip(*self.laps))
         return f"{n} samples in {s:.1f} s, {evaluations} network evaluations each, {1000 * s / n:.1f} ms per sample: {path}"
+
+
+def draw(c, sample, n, label=None):
+    """n samples, a batch at a time on the CPU, and the stopwatch that timed them. sample(first, how many, labels); label: (n,) or None."""
+    watch = Stopwatch(c.device)
+    return torch.cat([sample(first, size, None if label is None else label[first:first + size]).cpu()
+                      for first, size in watch.batches(n)]), watch
