@@ -8,7 +8,9 @@ from torch.testing import assert_close
 
 import ddgan
 from common import runs, unet
+from common.runs import NOISE
 from common.schedules import alpha_bar
+from kernels.noise import randn
 
 CPU = torch.device("cpu")
 
@@ -175,6 +177,17 @@ def test_each_t_has_its_share_and_fours_share_one(c):
     assert (drawn.unflatten(1, (-1, 4)) == drawn[:, ::4, None]).all()
     assert_close(drawn.flatten().bincount(minlength=c.T + 1)[1:] / drawn.numel(), want.float(), atol=0.02, rtol=0)
     assert_close(torch.cat([ddgan.times(c, 50, slice(0, 12)), ddgan.times(c, 50, slice(12, None))]), drawn[28])
+
+
+def test_of_four_latents_the_nearest_learns():
+    """A generator that answers with its latent: x0' is the one of those tried that is nearest to x0, whatever the other samples have."""
+    c = settings(z=2, batch=64)
+    net, t = (lambda x_t, t, label, z: z), torch.full((64,), 2)
+    x_t, x0 = randn((64, 2), 1), randn((64, 2), 2)
+    answer = ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 30, None, x0)[1]
+    tried = randn((64, 4, 2), c.seed, 0, 32, NOISE)
+    assert_close(answer, tried[torch.arange(64), torch.cdist(x0[:, None], tried)[:, 0].argmin(1)])
+    assert_close(ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 30, None)[1], randn((64, 2), c.seed, 0, 32, NOISE))  # the GAN's
 
 
 def test_pretraining_s_shares_end_with_it():

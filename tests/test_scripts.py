@@ -159,7 +159,8 @@ def test_ddgan_nears_the_spiral_and_takes_labels(place):
 
 
 @pytest.mark.parametrize("flags", [["--T", "1"], ["--T", "1", "--pretrain", "0"], ["--T", "8", "--z", "0", "--batch", "32"], ["--fake", "renoise"], ["--fake", "direct"], ["--gan-loss", "bce"], ["--gan-loss", "softplus"], ["--r1", "0"],
-                                   ["--T", "3", "--t-weights", "1,2,1", "--resample", "conv", "--decay", "10"]], ids=" ".join)
+                                   ["--T", "3", "--t-weights", "1,2,1", "--resample", "conv", "--decay", "10"],
+                                   ["--pretrain-z", "40"], ["--pretrain-z", "40", "--z", "0", "--fake", "direct"]], ids=" ".join)
 def test_every_ablation_of_ddgan_trains_and_samples(place, flags):
     folder = place / f"gan{'-'.join(flags)}"
     done = run(place, "ddgan", "--train", "--iters", "20", *SMALL["ddgan"], *flags, "--run", folder)
