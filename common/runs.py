@@ -83,7 +83,8 @@ def _read(f, text):
     try:
         values = tuple(map(m["part"], filter(None, text.split(",")))) if kind is tuple else (kind(text),)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {KINDS[kind][1]}") from None
+        wanted = "numbers, e.g. 0.5,1" if m["part"] is float else KINDS[kind][1]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
     if wrong := _unfit(m, values):
         raise argparse.ArgumentTypeError(f"{text} is not {wrong}")
     return values if kind is tuple else values[0]
