@@ -69,6 +69,10 @@ def test_a_gan_run_learns_and_tells(place):
     names = [f"{name}_{t}" for name in ("loss_d", "loss_g", "error", "real", "fake") for t in range(1, 5)]
     assert {*names, "r1", "spread"} <= {*rows.dtype.names} and len(rows) == 20
     assert rows["error_1"][4] < 0.5 * rows["error_1"][0]  # at the end of --pretrain
+    # the curves as they were on 2026-11-23 (x86-64, torch 2.13.0)
+    np.testing.assert_allclose(rows["error_1"][:4], [0.723383, 0.648346, 0.531256, 0.372865], rtol=5e-3)
+    np.testing.assert_allclose(rows["loss_d_1"][:4], [0.660117, 0.465584, 0.235858, 0.244544], rtol=3e-2)
+    np.testing.assert_allclose(rows["loss_d_1"][-2:], [0.642279, 0.640949], rtol=3e-2)
     assert all(((0 <= rows[n]) & (rows[n] <= 1)).all() for n in names[12:]) and rows["r1"][-1] > 0
     assert abs(rows["loss_d_1"] + rows["loss_d_2"] - 4 * np.log(2)).max() > 0.03  # D is not asleep
     sheet = np.asarray(Image.open(folder / "samples.png"))
