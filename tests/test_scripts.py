@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import ddgan
 from conftest import ROOT
+from kernels.noise import randn
 
 SMALL = ["--width", "8", "--multipliers", "1,2", "--blocks", "1", "--attention", "4", "--heads", "2", "--size", "8", "--batch", "16",
          "--lr", "2e-3"]
@@ -177,6 +180,20 @@ def test_least_squares_stay_beside_the_gan(place):
         run(place, "ddgan", "--train", "--iters", "60", *SMALL["ddgan"], "--pretrain", "0", "--recon", f"{recon},0,0,0", "--run", f"recon{recon}")
         error[recon] = np.genfromtxt(place / f"recon{recon}" / "metrics.csv", delimiter=",", names=True)["error_1"]
     assert error[3][-1] < 0.8 * error[0][-1]
+
+
+def test_least_squares_with_one_latent_ignore_it_and_with_four_do_not(place):
+    spread = {}
+    for last in (0, 200):
+        run(place, "ddgan", "--train", "--iters", 200, *SMALL["ddgan"], "--pretrain", 200, "--pretrain-z", last, "--run", f"latents{last}")
+        saved = weights(place / f"latents{last}")
+        c = SimpleNamespace(**saved["config"] | dict(labels=0, device=torch.device("cpu"), precision="fp32"))
+        net = ddgan.network(c, saved["data"]["shape"])
+        net.load_state_dict(saved["net"])
+        with torch.no_grad():
+            x, t = randn((64, 1, 8, 8), 5), torch.full((64,), 2)
+            spread[last] = torch.stack([ddgan.generate(c, net, x, t, randn((64, 10), k)) for k in range(8)]).var(0).mean()
+    assert spread[0] < 1e-3 and spread[200] > 5e-3  # 9e-6 and 2e-2 (measured)
 
 
 def test_the_discriminator_rests_until_300_updates_before_the_gan_begins(place):
