@@ -472,7 +472,7 @@ def report(result):
             "within": ("within 3 sigma", "{within:.2%}"), "kl": ("modes, KL to uniform", "{kl:.4f}"),
             "fid": ("FID", "{fid:.4g}"), "is": ("IS", "{is:.4g}")}
     shown = ("fcd_floor", "wasserstein_floor", "floor_n", "class_most", "modes_of")     # beside another
-    lines = [(rows[k][0], rows[k][1].format(**result)) if k in rows else (k, f"{result[k]:.4g}")
+    lines = [(rows[k][0], rows[k][1].format(**result)) if k in rows else (k, f"{result[k]:.0f}" if result[k] >= 1000 else f"{result[k]:.4g}")
              for k in result if k not in shown]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)

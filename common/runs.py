@@ -48,7 +48,7 @@ class Shared:
     classes: tuple = option((), "keep only these classes, e.g. airplane,bird", ALL, part=str)
     run: str = option("", "folder of the run; default runs/<method>-<data>", ALL)
     fresh: bool = option(False, "start over, whatever the folder holds")
-    n: int = option(0, "how many samples; default 64, and 1000 for --evaluate", "sample evaluate", low=1)
+    n: int = option(0, "how many samples; default 64 pictures or 1000 points, and 1000 for --evaluate", "sample evaluate", low=1)
     seed: int = option(0, "of every random number", ALL, low=0, high=2 ** 63 - 1)
     out: str = option("", ".png a grid, .gif the trajectory, .npz, or a folder of PNGs; default samples.png in the run", "sample")
     checkpoint: str = option("", "sample from this file instead of the run's own", "sample evaluate")
@@ -107,8 +107,8 @@ def parse(method, Config, recipes, doc):
     """The command line as one namespace: the actions, and Config's and Shared's fields from the flag, the recipe or the default.
 
     method: the script's name, which runs and checkpoints bear; recipes: data set or name of a folder -> {field: value}, `pictures` is
-    any other path. Also set: method, given (the fields set by flags), sheet (samples to draw), name (of the data), train_fields (what
-    belongs to a trained model).
+    any other path. Also set: method, given (the fields set by flags), sheet (samples to draw; 0: as trained() finds fit), name (of the
+    data), train_fields (what belongs to a trained model).
     Ends with exit status 2 and one line for whatever is wrong with a flag; without an action prints the help and ends.
     """
     fields = {f.name: f for part in (Config, Shared) for f in dataclasses.fields(part)}
@@ -135,7 +135,7 @@ def parse(method, Config, recipes, doc):
 
     flagged = vars(parser.parse_args())
     c = argparse.Namespace(**dict.fromkeys(ACTIONS, False) | {name: f.default for name, f in fields.items()} | flagged)
-    c.method, c.given, c.sheet = method, fields.keys() & flagged, c.n or 64
+    c.method, c.given, c.sheet = method, fields.keys() & flagged, c.n
     c.sample = c.sample or any(fields[name].metadata["acts"] for name in c.given)
     actions = [action for action in ACTIONS if getattr(c, action)]
     if not actions:
@@ -395,6 +395,7 @@ def trained(c, methods=None):
     c.data = c.data if "data" in c.given else saved["source"]
     shape, c.name, c.classes = saved["data"]["shape"], saved["data"]["data"], tuple(saved["data"]["classes"])
     c.size = shape[-1] if len(shape) == 3 else 0
+    c.sheet = c.sheet or (64 if len(shape) == 3 or c.out.endswith(".gif") else 1000)  # few points show no shape
     return saved, c
 
 
@@ -571,7 +572,7 @@ def finish(c, trained):
         if not trained:
             print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start over")
         if not c.sample:
-            c.sheet = min(c.sheet, 64)  # an --n of thousands is for --evaluate
+            c.sheet = 0  # --n is for --evaluate
         c.sample = c.sample or trained or not (c.run / "samples.png").exists()
 
 
@@ -653,5 +654,8 @@ class Stopwatch:
 def draw(c, sample, n, label=None):
     """n samples, a batch at a time on the CPU, and the stopwatch that timed them. sample(first, how many, labels); label: (n,) or None."""
     watch = Stopwatch(c.device)
-    return torch.cat([sample(first, size, None if label is None else label[first:first + size]).cpu()
-                      for first, size in watch.batches(n)]), watch
+    x = torch.cat([sample(first, size, None if label is None else label[first:first + size]).cpu() for first, size in watch.batches(n)])
+    with inputs():
+        if not x.isfinite().all():  # as uint8 they would be black pictures
+            raise ValueError(f"{c.checkpoint} draws samples that are not finite: sample from another checkpoint, or with --precision fp32")
+    return x, watch

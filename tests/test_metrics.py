@@ -435,13 +435,14 @@ def test_points(monkeypatch, tmp_path):
 
 
 def test_report():
-    text = metrics.report({"samples": 1000.0, "accuracy": 0.9931, "fcd": 12.345, "fcd_floor": 1.234,
+    text = metrics.report({"samples": 26000.0, "accuracy": 0.9931, "fcd": 12.345, "fcd_floor": 1.234,
                            "floor_n": 600.0, "precision": 0.9, "recall": 0.8, "density": 1.0, "coverage": 0.7,
                            "class_kl": 0.01, "class_least": 0.5, "class_most": 2.0, "fid": 30.0, "is": 5.0,
                            "ms per sample": 12.5})
     lines = text.splitlines()
     (fcd,) = [line for line in lines if line.startswith("FCD")]
     assert "12.3" in fcd and "1.234" in fcd and "600" in fcd
+    assert lines[0].split() == ["samples", "26000"]
     assert "99.31%" in text and "0.50 to 2.00" in text and len(lines) == 12 and "12.5" in lines[-1]
     column = {len(line) - len(line[len(line.split("  ")[0]):].lstrip()) for line in lines}
     assert len(column) == 1                           # aligned

@@ -232,6 +232,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_samples_are_drawn_in_order_and_refused_where_not_finite(capsys):
+    c = SimpleNamespace(device=torch.device("cpu"), checkpoint="some/checkpoint.pt")
+    x, watch = runs.draw(c, lambda first, n, y: torch.arange(first, first + n) + 1000.0 * y, 600, torch.arange(600) % 3)
+    assert_close(x, torch.arange(600) + 1000.0 * (torch.arange(600) % 3))
+    assert [n for n, _ in watch.laps] == [256, 256, 88]
+    for bad in (math.nan, math.inf):
+        with pytest.raises(SystemExit) as stopped:
+            runs.draw(c, lambda first, n, y: torch.tensor([0.0] * (n - 1) + [bad]), 300)
+        assert stopped.value.code == 2 and "some/checkpoint.pt draws samples that are not finite" in capsys.readouterr().err
+
+
 def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])

@@ -143,7 +143,8 @@ def test_encode_and_interpolate(place):
 @pytest.mark.parametrize("script", ["ddpm", "ddim"])
 def test_points_come_close_to_the_spiral(place, script):
     """Trained for seconds, the points are nearer to the data than the noise they start as; and --evaluate says so."""
-    run(place, script, "--train", "--iters", "600", *POINTS)
+    done = run(place, script, "--train", "--iters", "600", *POINTS)
+    assert "1000 samples in" in done.stdout  # 64 points would show no shape
     run(place, script, "--sample", "--data", "swirl", "--n", 30, "--steps", 5, "--out", "points.npz")
     with np.load(place / "points.npz") as arrays:
         assert arrays["arr_0"].shape == (30, 2) and arrays["arr_0"].dtype == np.float32
