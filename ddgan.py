@@ -6,10 +6,8 @@
     python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
     python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
 
-Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 1.1 (floor 0.16), recall 0.93, one run. The 25 Gaussians: all of
-them, 96 % of the points within 3 sigma, 9 minutes on one core. What does it, by trial: the loss of pairs with the same x_t, least squares
-before and beside it, latents that these do not teach G to ignore, shares of t, R1 on both sides; for points tanh in G and Fourier
-features in D. The README has the table, failures included.
+Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 1.1 and 1.2 (floor 0.16), recall 0.93 and 0.92, two runs. The
+25 Gaussians: all of them, 96 % of the points within 3 sigma, 8 minutes. What did it, by trial and with the failures, is in the README.
 """
 import math
 from dataclasses import dataclass
@@ -29,13 +27,15 @@ from kernels.noise import randn
 @dataclass
 class Config:
     """This script's own flags; common/runs.py has the shared ones, and RECIPES what a data set changes."""
-    T: int = option(4, "steps from data to noise, each a network evaluation; 1 is a plain GAN", low=1, high=8)
+    T: int = option(4, "steps from data to noise, each a network evaluation; 1: a plain GAN, with other rates for digits and stacked",
+                    low=1, high=8)
     z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
                        "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
-    gan_loss: str = option("softplus", "of the logits; bce: sigmoid, then log; relativistic: softplus of the difference between the logits "
-                           "of a real and a fake x_{t-1} of the same x_t", choices=("softplus", "bce", "relativistic"))
-    r1: float = option(0.05, "weight gamma of the gradient penalty gamma/2 |grad D|^2 on real pairs; relativistic: on fake ones too", low=0)
+    gan_loss: str = option("softplus", "softplus: of the logits, Goodfellow's that does not saturate; bce: the same by sigmoid, then log; "
+                           "relativistic: softplus of the difference between the logits of a real and a fake x_{t-1} of the same x_t",
+                           choices=("softplus", "bce", "relativistic"))
+    r1: float = option(0.05, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}; relativistic: by the fake ones too", low=0)
     r1_every: int = option(15, "updates from penalty to penalty", low=1)
     conditional: bool = option(False, "both networks learn class labels too")
     steps: int = option(0, "network evaluations, which is T and nothing else", "sample evaluate", low=1)
@@ -55,37 +55,36 @@ class Config:
     pretrain: int = option(0, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 alone; D learns only in the last 300 of them", low=0)
     pretrain_z: int = option(0, "last of these updates, in which G tries four latents and learns with the one that comes nearest to x0", low=0)
     pretrain_t_weights: tuple = option((), "shares of t in these updates; default: equal ones", low=1)
+    lr_pretrain: float = option(2e-3, "the generator's learning rate in these updates", above=0)
     recon: tuple = option((), "weights at t = 1..T of |x0' - x0|^2 beside the GAN's loss, e.g. .03,0,.02,.02; default: 0", low=0, part=float)
-    lr_pretrain: float = option(2e-3, "the generator's learning rate in them", above=0)
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
-    lr_d: float = option(5e-4, "of the discriminator's", above=0)
+    lr_d: float = option(5e-4, "learning rate of the discriminator's Adam", above=0)
     decay: int = option(0, "updates over which both rates fall to 1e-5, along a cosine; 0: constant", low=0)
     ema: float = option(0.999, "decay of the mean of the weights that samples are drawn with", low=0, high=0.999999)
     flip: bool = option(False, "mirror half of the pictures")
 
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_600,
-                                                pretrain_z=600, pretrain_t_weights=(7, 7, 1, 1), t_weights=(3, 11, 1, 1),
-                                                recon=(0.03, 0, 0.02, 0.02), lr=3e-4, lr_d=1.4e-3, r1=1, r1_every=4, decay=5_900, minutes=14)),
+    **dict.fromkeys(("digits", "stacked"), dict(
+        width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_600, pretrain_z=600, pretrain_t_weights=(7, 7, 1, 1),
+        t_weights=(3, 11, 1, 1), recon=(0.03, 0, 0.02, 0.02), lr=3e-4, lr_d=1.4e-3, r1=1, r1_every=4, decay=5_900, iters=5_900, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
                                                  decay=30_000, iters=30_000)),
-    "mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
-    "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=40_000),
+    **dict.fromkeys(("mnist", "fashion-mnist"), dict(multipliers=(1, 2, 2, 2), iters=40_000)),
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02,
                     decay=350_000, iters=350_000, ema=0.9999, flip=True),  # the paper, appendix C
     "celeba-hq": dict(T=2, size=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), batch=32, lr=2e-4, lr_d=1e-4, r1=2,
-                      r1_every=10, decay=750_000, iters=750_000, flip=True),  # the paper, of folders with this name
+                      r1_every=10, decay=750_000, iters=750_000, flip=True),  # the paper, for a folder or archive of this name
     "lsun": dict(size=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), lr=1.6e-4, lr_d=1e-4, r1=1, r1_every=10,
                  decay=985_000, iters=985_000, flip=True),
     "pictures": dict(flip=True),
 }
-PLAIN = dict(pretrain=0, lr=2e-4, lr_d=2e-4)  # with --T 1, where a recipe has a pretrain: of pure noise it would learn the mean picture
+PLAIN = dict.fromkeys(("digits", "stacked"), dict(pretrain=0, lr=2e-4, lr_d=2e-4))  # with --T 1: of pure noise least squares learn the mean
 
 # ========================================================================================================== Notation
 # x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  s = t - 1;  z (B, c.z) the latent;  x_s, x_t the pictures after s and t steps
-# x0' = tanh(G(x_t, z, t)) is what G makes of x_t;  D(x_s, x_t, t) > 0 says that x_s is real
+# x0' = tanh(G(x_t, z, t)) is what G makes of x_t (of points without tanh);  D(x_s, x_t, t) > 0 says that x_s is real
 
 
 # ======================================================================================================== The method
@@ -97,32 +96,27 @@ def network(c, shape):
                 resample=c.resample).to(memory_format=torch.channels_last)  # spares a copy at each convolution
 
 
-def forward_table(c):
-    """sqrt(alpha_bar_s), sqrt(1 - alpha_bar_s) of x_s from x0, and sqrt(1 - beta_t), sqrt(beta_t) of x_t from x_s: float32 (4, T + 1)."""
+def tables(c):
+    """By t, of x_s from x0 and of x_t from x_s: float32 (4, T + 1), sqrt(alpha_bar_s), sqrt(1 - alpha_bar_s), sqrt(1 - beta_t), sqrt(beta_t);
+    and of x_s from what G makes: float32 (T + 1, 5), the coefficients of kernels/diffuse.py's update. t = 0 is unused."""
     ab = alpha_bar("ddgan", c.T)
-    s = torch.arange(-1, c.T).clamp(min=0)
-    beta = 1 - ab / ab[s]
-    return torch.stack([ab[s].sqrt(), (1 - ab[s]).sqrt(), (1 - beta).sqrt(), beta.sqrt()]).float()
-
-
-def reverse_table(c):
-    """From what G makes to x_s, by t: float32 (T + 1, 5), the coefficients of kernels/diffuse.py's update; row 0 is unused."""
-    ab = alpha_bar("ddgan", c.T)
-    s = torch.arange(-1, c.T).clamp(min=0)
-    c_x, c_0, _, beta_tilde = posterior(ab, ab[s])
+    ab_s = ab[torch.arange(-1, c.T).clamp(min=0)]
+    c_x, c_0, beta, beta_tilde = posterior(ab, ab_s)
+    forward = torch.stack([ab_s.sqrt(), (1 - ab_s).sqrt(), (1 - beta).sqrt(), beta.sqrt()])
     zero, one = torch.zeros_like(ab), torch.ones_like(ab)
     rest = {"posterior": (c_x, c_0, beta_tilde.sqrt()),  # eq. 4: x_s ~ q(x_s | x_t, x0')
-            "renoise": (zero, ab[s].sqrt(), (1 - ab[s]).sqrt()),  # x_s ~ q(x_s | x0'), which forgets x_t
+            "renoise": (zero, ab_s.sqrt(), (1 - ab_s).sqrt()),  # x_s ~ q(x_s | x0'), which forgets x_t
             "direct": (zero, one, zero)}[c.fake]
-    return torch.stack([zero, one, *rest], 1).float()
+    return forward.float(), torch.stack([zero, one, *rest], 1).float()
 
 
-def times(c, draw, part=None):
-    """t in 1..T, by their shares, of this process's part of the batch."""
+def times(c, draw):
+    """t in 1..T, by their shares, of this process's part of the batch; and how many samples of the whole batch have each t: (T,)."""
     pretrain = draw <= 2 * c.pretrain + 1  # two draws an update
     share = torch.tensor((c.pretrain_t_weights if pretrain else c.t_weights) or [1] * c.T, dtype=torch.float64)
-    u = runs.spread(c, draw, part, alike=4)  # since D compares four samples
-    return torch.bucketize(u, share.cumsum(0)[:-1] / share.sum(), right=True).to(c.device) + 1
+    u = runs.spread(c, draw, slice(None), alike=4)  # since D compares four samples
+    t = torch.bucketize(u, share.cumsum(0)[:-1] / share.sum(), right=True) + 1
+    return t[runs.rows(c.batch)].to(c.device), t.bincount(minlength=c.T + 1)[1:].to(c.device)
 
 
 def real_pair(c, x0, t, table, draw):
@@ -193,7 +187,7 @@ def sample(c, net, shape, first, n, label=None, frames=None):
     label: (n,) int64 or None; frames: a list that receives x0' of each step. Returns (n, *shape).
     """
     x = randn((n, *shape), c.seed, first, stream=START, device=c.device)  # x_T
-    table = reverse_table(c).to(c.device)
+    table = tables(c)[1].to(c.device)
     index, seed = torch.arange(first, first + n, device=c.device), torch.tensor(c.seed, device=c.device)
     for t in torch.arange(c.T, 0, -1, device=c.device)[:, None]:
         x, x0 = runs.replayed(c, step, net, x, t, table, seed, index, label)
@@ -225,15 +219,14 @@ def train(c):
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic, optimizer_d=optimizer_d)
     G, D = (torch.compile(net), torch.compile(critic)) if c.compile else (net, critic)
     relativistic = c.gan_loss == "relativistic"
-    forward, reverse = forward_table(c).to(c.device), reverse_table(c).to(c.device)
+    forward, reverse = (table.to(c.device) for table in tables(c))
     signal, recon = alpha_bar("ddgan", c.T).float().to(c.device), torch.tensor([0, *(c.recon or [0] * c.T)], device=c.device)
 
-    def judged(x_s, x_t, t, label):
+    def judged(D, x_s, x_t, t, label):
         with runs.autocast(c):
             return D(x_s, x_t, t * (1000 / c.T), label).float()
 
-    def by_t(value, t, draw):  # means over the samples of each t: (T,); of the whole batch, once Run has averaged the processes
-        count = times(c, draw, slice(None)).bincount(minlength=c.T + 1)[1:]
+    def by_t(value, t, count):  # means over the samples of each t: (T,); of the whole batch, once Run has averaged the processes
         return torch.zeros(c.T, device=c.device).index_add(0, t - 1, value.detach().float()) * runs.world() / count
 
     for step in run:
@@ -249,14 +242,15 @@ def train(c):
         real = fake = loss_d > 0  # where D is right
 
         # The discriminator: real pairs against fake ones of the same x_t
-        t, draw = times(c, 2 * step), 8 * step
+        (t, count), draw = times(c, 2 * step), 8 * step
         if step > c.pretrain - 300:
             x_s, x_t = real_pair(c, x0, t, forward, draw)
             with torch.no_grad():
                 x_f, _ = fake_half(c, G, x_t, t, reverse, draw, label)
             penalised = c.r1 > 0 and step % c.r1_every == 0
-            real_logit = judged(x_s.requires_grad_(penalised), x_t, t, label)
-            fake_logit = judged(x_f.requires_grad_(penalised and relativistic), x_t, t, label)
+            judge = critic if penalised else D  # what is compiled cannot be differentiated twice
+            real_logit = judged(judge, x_s.requires_grad_(penalised), x_t, t, label)
+            fake_logit = judged(judge, x_f.requires_grad_(penalised and relativistic), x_t, t, label)
             loss_d = gan_loss(c, real_logit, fake_logit)
             real, fake = (real_logit > fake_logit,) * 2 if relativistic else (real_logit > 0, fake_logit < 0)
             loss = loss_d.mean()
@@ -269,7 +263,7 @@ def train(c):
             optimizer_d.step()
 
         # The generator, with t, noise and z of its own
-        u, draw = times(c, 2 * step + 1), 8 * step + 4
+        (u, count_u), draw = times(c, 2 * step + 1), 8 * step + 4
         x_s, x_u = real_pair(c, x0, u, forward, draw)
         wanted = x_s if c.fake == "direct" else x0
         nearest = c.z and c.pretrain - c.pretrain_z < step <= c.pretrain
@@ -278,8 +272,8 @@ def train(c):
         loss = (signal[u] * error.sum(1)).mean()
         if step > c.pretrain:
             with torch.no_grad():
-                reference = judged(x_s, x_u, u, label) if relativistic else None
-            loss_g = gan_loss(c, judged(x_f, x_u, u, label), reference)
+                reference = judged(D, x_s, x_u, u, label) if relativistic else None
+            loss_g = gan_loss(c, judged(D, x_f, x_u, u, label), reference)
             loss = (loss_g + recon[u] * error.sum(1)).mean()  # at large t D sees little, and G would drift
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(net.parameters()))
@@ -287,11 +281,13 @@ def train(c):
         optimizer.step()
         ema.update(net)
 
-        run.log(loss_d=by_t(loss_d, t, 2 * step), loss_g=by_t(loss_g, u, 2 * step + 1), r1=critic.r1, real=by_t(real, t, 2 * step),
-                fake=by_t(fake, t, 2 * step), error=by_t(error.mean(1), u, 2 * step + 1),
+        run.log(loss_d=by_t(loss_d, t, count), loss_g=by_t(loss_g, u, count_u), r1=critic.r1, real=by_t(real, t, count),
+                fake=by_t(fake, t, count), error=by_t(error.mean(1), u, count_u),
                 spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
-        if step % 500 == 0 and step > c.pretrain + 500:
+        if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(run.last["real"], run.last["fake"], run.last["spread"][0]))
+    if run.step <= c.pretrain:
+        run.warn(f"the GAN has not begun: the first {c.pretrain} updates are least squares (--pretrain)")
     runs.leave()
     return run.step > run.began
 
@@ -302,10 +298,14 @@ def check(c):
     with runs.inputs():
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
-        if c.T == 1 and c.pretrain and "pretrain" not in c.given:
-            vars(c).update({name: value for name, value in PLAIN.items() if name not in c.given})
-        if c.batch % (4 * runs.world()):
-            raise ValueError(f"--batch {c.batch} is no multiple of 4 for each process, in which D compares samples")
+        if c.T == 1:
+            vars(c).update({name: value for name, value in PLAIN.get(c.name, {}).items() if name not in c.given})
+        if c.train and c.batch % (4 * runs.world()):
+            raise ValueError(f"--batch {c.batch}: D compares samples in fours, so give a multiple of {4 * runs.world()}")
+        if c.train and c.iters <= c.pretrain and "pretrain" not in c.given:
+            raise ValueError(f"--iters {c.iters} ends before the GAN begins: give more than {c.pretrain}, or a smaller --pretrain")
+        if "pretrain_z" in c.given and c.pretrain_z > c.pretrain > 0:
+            raise ValueError(f"--pretrain-z {c.pretrain_z} is more than --pretrain {c.pretrain}: give at most as many")
         for flag in ("t_weights", "pretrain_t_weights", "recon"):
             each = getattr(c, flag) or [1] * c.T
             least = 0 if flag == "recon" else -(-4 * sum(each) // min(each))  # the batch in which each t has four samples
@@ -316,12 +316,12 @@ def check(c):
                 raise ValueError(f"--{flag.replace('_', '-')} has {len(each)} numbers for T = {c.T} steps: give one for each")
             if c.batch < least:
                 raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: at least {least}")
-        if "pretrain_z" in c.given and not c.z:
-            raise ValueError("--pretrain-z tries latents, and with --z 0 there are none: leave it out")
-        for flag in {"pretrain_z", "pretrain_t_weights", "lr_pretrain"} & c.given if not c.pretrain else ():
-            raise ValueError(f"--{flag.replace('_', '-')} does nothing without --pretrain: leave it out")
-        if "heads" in c.given and not c.attention:
-            raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
+        for flag, used, need in (("pretrain_z", c.pretrain, "--pretrain"), ("pretrain_z", c.z, "a latent, --z"), ("r1_every", c.r1, "--r1"),
+                                 ("pretrain_t_weights", c.pretrain, "--pretrain"), ("lr_pretrain", c.pretrain, "--pretrain"),
+                                 ("fake", c.T > 1, "a second step, --T 2"), ("t_weights", c.T > 1, "a second step, --T 2"),
+                                 ("heads", c.attention, "--attention")):
+            if flag in c.given and not used:
+                raise ValueError(f"--{flag.replace('_', '-')} does nothing without {need}: leave it out")
         if not c.conditional and c.label >= 0:
             raise ValueError("--label needs a model trained with --conditional")
 

@@ -430,6 +430,7 @@ class Run:
         self.config = {name: getattr(c, name) for name in c.train_fields}
         self.data = dict(data=c.name, shape=list(data.shape), classes=list(data.classes), pictures=len(data))
         self.step, self.seconds, self.limit, self.window, self.interrupted = 0, 0.0, 60 * c.minutes or math.inf, [], False
+        self.last = {}
         with inputs():
             if self.path.exists() and not c.fresh:
                 fixed = {name: value for name, value in self.config.items() if name not in ("iters", "minutes")}
@@ -544,7 +545,7 @@ class Run:
         return ", ".join(f"{n} {v[0]:.4f}" if len(v) == 1 else f"{n} " + " ".join(f"{x:.2f}" for x in v) for n, v in self.last.items())
 
     def warn(self, message):
-        """Say it above the bar, on stderr; None is nothing to say. run.last, {name: [means]}, is the row written last."""
+        """Say it above the bar, on stderr; None is nothing to say. run.last, {name: [means]}, is the row written last, {} before."""
         if message and rank() == 0:
             from tqdm import tqdm
             tqdm.write(f"update {self.step}: {message}", file=sys.stderr)

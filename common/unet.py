@@ -50,7 +50,7 @@ class Embedding(nn.Module):
     def __init__(self, width, dim, classes=0, z_dim=0, z_layers=4):
         super().__init__()
         if width % 2:
-            raise ValueError(f"--width {width} is odd: half of the time's features are sines and half cosines")
+            raise ValueError(f"a width of {width} is odd (--width, --width-d): half of the time's features are sines and half cosines")
         self.width, self.classes, self.z_dim = width, classes, z_dim
         self.time = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
         if classes:

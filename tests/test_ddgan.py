@@ -35,7 +35,7 @@ BETA = {1: [.999956], 2: [.921324, .999451], 4: [.478255, .849206, .956418, .987
 
 @pytest.mark.parametrize("T", sorted(BETA))
 def test_forward_steps_have_the_reference_betas(T):
-    root_ab, s, root_a, root_beta = ddgan.forward_table(settings(T=T)).double()
+    root_ab, s, root_a, root_beta = ddgan.tables(settings(T=T))[0].double()
     assert_close(root_beta[1:] ** 2, torch.tensor(BETA[T], dtype=torch.float64), atol=1e-6, rtol=0)
     assert_close(root_a ** 2 + root_beta ** 2, torch.ones(T + 1, dtype=torch.float64), atol=1e-6, rtol=0)
     product = torch.cumprod(1 - torch.tensor([0, *BETA[T]], dtype=torch.float64), 0)
@@ -44,7 +44,7 @@ def test_forward_steps_have_the_reference_betas(T):
 
 
 def test_reverse_steps_at_T_4_have_the_reference_values():
-    _, _, c_x, c_0, c_n = ddgan.reverse_table(settings(T=4))[1:].double().T
+    _, _, c_x, c_0, c_n = ddgan.tables(settings(T=4))[1][1:].double().T
     for got, want in ((c_n ** 2, [0, .440819, .884202, .984061]), (c_0, [1, .665778, .269191, .057822]),
                       (c_x, [0, .201576, .193001, .111852])):
         assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -52,7 +52,7 @@ def test_reverse_steps_at_T_4_have_the_reference_values():
 
 @pytest.mark.parametrize("fake", ["posterior", "renoise", "direct"])
 def test_a_plain_gan_hands_over_what_G_makes(fake):
-    assert ddgan.reverse_table(settings(T=1, fake=fake))[1].tolist() == [0, 1, 0, 1, 0]
+    assert ddgan.tables(settings(T=1, fake=fake))[1][1].tolist() == [0, 1, 0, 1, 0]
 
 
 # --------------------------------------------------------------------------- what betrays re-noised pairs however good G is
@@ -66,16 +66,16 @@ def test_renoised_pairs_differ_in_their_residual_variance_and_posterior_pairs_do
         variance = {}
         for fake in ("posterior", "renoise"):
             c = settings(T=T, fake=fake, batch=4, z=0)
-            _, _, c_x, c_0, c_n = ddgan.reverse_table(c)[t].double()
+            _, _, c_x, c_0, c_n = ddgan.tables(c)[1][t].double()
             on_x0 = ab[t].sqrt() * (1 - a.sqrt() * c_x) - a.sqrt() * c_0  # x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) n, s from both
             assert_close(on_x0, torch.zeros_like(on_x0), atol=1e-6, rtol=0)  # the mean betrays neither
             variance[fake] = (1 - a.sqrt() * c_x) ** 2 * (1 - ab[t]) + a * c_n ** 2
 
             x0 = torch.full((4, 1, 1, 100_000), 0.3)
-            table, steps = ddgan.forward_table(c), torch.full((4,), t)
+            table, steps = ddgan.tables(c)[0], torch.full((4,), t)
             _, x_t = ddgan.real_pair(c, x0, steps, table, draw=0)
             perfect = lambda x, t, label, z: x0.atanh()
-            x_s, x0_ = ddgan.fake_half(c, perfect, x_t, steps, ddgan.reverse_table(c), 0, None)
+            x_s, x0_ = ddgan.fake_half(c, perfect, x_t, steps, ddgan.tables(c)[1], 0, None)
             assert_close(x0_, x0)
             drawn = (x_t - table[2, t] * x_s).double()
             assert_close(drawn.var(), variance[fake], rtol=0.012, atol=0)  # 4e5 draws: 0.0022 is one standard error
@@ -89,7 +89,7 @@ def test_renoised_pairs_differ_in_their_residual_variance_and_posterior_pairs_do
 def test_real_pairs_have_the_forward_process_moments():
     c, x0, t = settings(batch=4), torch.full((4, 100_000), 0.5), torch.full((4,), 2)
     ab = alpha_bar("ddgan", 4)
-    x_s, x_t = ddgan.real_pair(c, x0, t, ddgan.forward_table(c), draw=8)
+    x_s, x_t = ddgan.real_pair(c, x0, t, ddgan.tables(c)[0], draw=8)
     for x, at in ((x_s, ab[1]), (x_t, ab[2])):
         assert_close(x.double().mean(), 0.5 * at.sqrt(), atol=0.008, rtol=0)
         assert_close(x.double().var(), 1 - at, atol=0.012, rtol=0)
@@ -132,9 +132,9 @@ def test_gradients_reach_G_through_the_posterior_step():
         c = settings(fake=fake, batch=4, z=0)
         t = torch.tensor([1, 2, 3, 4])
         out = torch.tensor([0.3, -0.5, 0.1, 0.9]).view(4, 1, 1, 1).repeat(1, 1, 2, 2).requires_grad_()
-        x_s, _ = ddgan.fake_half(c, lambda x, t, label, z: out, torch.randn(4, 1, 2, 2), t, ddgan.reverse_table(c), 0, None)
+        x_s, _ = ddgan.fake_half(c, lambda x, t, label, z: out, torch.randn(4, 1, 2, 2), t, ddgan.tables(c)[1], 0, None)
         x_s.sum().backward()
-        c_0 = ddgan.reverse_table(c)[t][:, 3].view(4, 1, 1, 1)
+        c_0 = ddgan.tables(c)[1][t][:, 3].view(4, 1, 1, 1)
         slope = torch.ones_like(out) if fake == "direct" else 1 - out.detach().tanh() ** 2
         assert_close(out.grad, c_0 * slope)
 
@@ -145,7 +145,7 @@ def test_gradients_of_the_discriminator_reach_every_parameter_of_G(shape):
     net, critic = started(ddgan.network(c, shape)), started(unet.Discriminator(shape, 8, 0))
     x_t = torch.randn(8, *shape)
     t = torch.arange(8) % 4 + 1
-    x_s, _ = ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 0, None)
+    x_s, _ = ddgan.fake_half(c, net, x_t, t, ddgan.tables(c)[1], 0, None)
     ddgan.gan_loss(c, critic(x_s, x_t, t * 250.0)).mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
@@ -170,13 +170,20 @@ def test_gan_losses_are_logarithms_of_probabilities():
 @pytest.mark.parametrize("c", [settings(t_weights=(3, 11, 1, 1)), settings(), settings(T=3), settings(T=3, t_weights=(1, 2, 1), batch=24),
                                settings(t_weights=(3, 11, 1, 1), pretrain_t_weights=(7, 7, 1, 1), pretrain=600)],
                          ids=lambda c: f"{c.T} {c.t_weights} {c.pretrain}")
-def test_each_t_has_its_share_and_fours_share_one(c):
+def test_each_t_has_its_share_and_fours_share_one(c, monkeypatch):
     shares = (c.pretrain_t_weights if c.pretrain else c.t_weights) or [1] * c.T
     want = torch.tensor(shares, dtype=torch.float64) / sum(shares)
-    drawn = torch.stack([ddgan.times(c, draw) for draw in range(22, 1022)])
+    drawn, counts = map(torch.stack, zip(*(ddgan.times(c, draw) for draw in range(22, 1022))))
     assert (drawn.unflatten(1, (-1, 4)) == drawn[:, ::4, None]).all()
     assert_close(drawn.flatten().bincount(minlength=c.T + 1)[1:] / drawn.numel(), want.float(), atol=0.02, rtol=0)
-    assert_close(torch.cat([ddgan.times(c, 50, slice(0, 12)), ddgan.times(c, 50, slice(12, None))]), drawn[28])
+    assert_close(counts, torch.stack([t.bincount(minlength=c.T + 1)[1:] for t in drawn]))
+    parts = []
+    for rows in (slice(0, 12), slice(12, None)):  # of several processes: each its part of one batch, and the whole batch's counts
+        monkeypatch.setattr(runs, "rows", lambda batch: rows)
+        t, count = ddgan.times(c, 50)
+        parts.append(t)
+        assert_close(count, counts[28])
+    assert_close(torch.cat(parts), drawn[28])
 
 
 def test_of_four_latents_the_nearest_learns():
@@ -184,15 +191,25 @@ def test_of_four_latents_the_nearest_learns():
     c = settings(z=2, batch=64)
     net, t = (lambda x_t, t, label, z: z), torch.full((64,), 2)
     x_t, x0 = randn((64, 2), 1), randn((64, 2), 2)
-    answer = ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 30, None, x0)[1]
+    answer = ddgan.fake_half(c, net, x_t, t, ddgan.tables(c)[1], 30, None, x0)[1]
     tried = randn((64, 4, 2), c.seed, 0, 32, NOISE)
     assert_close(answer, tried[torch.arange(64), torch.cdist(x0[:, None], tried)[:, 0].argmin(1)])
-    assert_close(ddgan.fake_half(c, net, x_t, t, ddgan.reverse_table(c), 30, None)[1], randn((64, 2), c.seed, 0, 32, NOISE))  # the GAN's
+    assert_close(ddgan.fake_half(c, net, x_t, t, ddgan.tables(c)[1], 30, None)[1], randn((64, 2), c.seed, 0, 32, NOISE))  # the GAN's
 
 
 def test_pretraining_s_shares_end_with_it():
     c = settings(pretrain=10, pretrain_t_weights=(13, 1, 1, 1), t_weights=(1, 1, 1, 13))
-    assert [ddgan.times(c, draw).mode().values.item() for draw in (2, 20, 21, 22, 23, 90)] == [1, 1, 1, 4, 4, 4]
+    assert [ddgan.times(c, draw)[0].mode().values.item() for draw in (2, 20, 21, 22, 23, 90)] == [1, 1, 1, 4, 4, 4]
+
+
+@pytest.mark.parametrize("given,want", [((), (0, 2e-4, 2e-4)), (("pretrain",), (0, 2e-4, 2e-4)), (("lr",), (0, 7e-4, 2e-4))], ids=str)
+def test_a_plain_gan_on_digits_has_rates_of_its_own(given, want):
+    c = settings(T=1, name="digits", given=set(given), train=True, pretrain=0 if "pretrain" in given else 2600, lr=7e-4, lr_d=7e-4)
+    ddgan.check(c)
+    assert (c.pretrain, c.lr, c.lr_d) == want
+    c = settings(T=1, name="gaussians", given=set(given), train=True, lr=7e-4)
+    ddgan.check(c)
+    assert c.lr == 7e-4
 
 
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():

@@ -125,7 +125,7 @@ def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path, capsys):
         torch.save(dict(method="ddpm", config=config, data=dict(data="digits", shape=[1, 4, 4], classes=["a"]), source="digits", step=1),
                    tmp_path / "c.pt")
         c = SimpleNamespace(checkpoint=str(tmp_path / "c.pt"), method="ddpm", given=set(), name="digits", size=0, classes=(), data="digits",
-                            train_fields=fields, T=7, multipliers=(1,), seed=5, out="", run=tmp_path, lr=0.5)
+                            train_fields=fields, T=7, multipliers=(1,), seed=5, out="", sheet=0, run=tmp_path, lr=0.5)
         return runs.trained(c)[1]
     c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", lr=9.0, seed=1))
     assert (c.T, c.multipliers, c.out, c.lr, c.seed) == (20, (1, 2), "", 0.5, 5) and (c.size, c.classes) == (4, ("a",))
