@@ -145,7 +145,8 @@ def parse(method, Config, recipes, doc):
     kept = c.given | ends if c.given & ends else c.given
     c.train_fields = {f.name: f.metadata for f in dataclasses.fields(Config) if "train" in uses[f.name]} | {"seed": fields["seed"].metadata}
     c.name = Path(c.data).resolve().name.split(".")[0]  # a folder may have a recipe of its own, by its name
-    recipe = recipes.get(c.data if c.data in NAMED else c.name if c.name in recipes.keys() - {*NAMED} else "pictures", {})
+    own = c.name.lower().replace("_", "-")
+    recipe = recipes.get(c.data if c.data in NAMED else own if own in recipes.keys() - {*NAMED} else "pictures", {})
     c.name = f"pictures-{c.name}" if c.name in NAMED and c.data not in NAMED else c.name
     vars(c).update({name: type(fields[name].default)(value) for name, value in recipe.items() if name not in kept})  # 14 is 14.0 too
     c.run = Path(c.run or f"runs/{method}-{c.name}")

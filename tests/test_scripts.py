@@ -401,6 +401,18 @@ def test_an_end_that_is_given_replaces_the_recipe_s(monkeypatch, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.parametrize("folder,T,size,lr,name", [("CelebA_HQ", 2, 256, 2e-4, "CelebA_HQ"), ("lsun", 4, 256, 1.6e-4, "lsun"),
+                                                   ("photos", 4, 0, ddgan.Config.lr, "photos"), ("./cifar10", 4, 0, ddgan.Config.lr, "pictures-cifar10")])
+def test_a_folder_takes_the_recipe_of_its_own_name(folder, T, size, lr, name, monkeypatch, tmp_path):
+    from common import runs
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    monkeypatch.setattr(sys, "argv", ["ddgan.py", "--train", "--data", folder])
+    c = runs.parse("ddgan", ddgan.Config, ddgan.RECIPES, "")
+    assert (c.T, c.size, c.lr, c.run.name) == (T, size, lr, f"ddgan-{name}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_a_flag_of_another_script_is_an_error(place, capsys, monkeypatch):
     done = run(place, "ddpm", "--sample", "--eta", "0.5", code=2)
     assert "--eta" in done.stderr and done.stderr.count("\n") == 1
