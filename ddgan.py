@@ -6,7 +6,7 @@
     python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
     python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
 
-Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 1.1 and 1.2 (floor 0.16), recall 0.93 and 0.92, two runs. The
+Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 0.97 and 1.25 (floor 0.16), recall 0.93 and 0.95, two runs. The
 25 Gaussians: all of them, 96 % of the points within 3 sigma, 8 minutes. What did it, by trial and with the failures, is in the README.
 """
 import math
@@ -32,10 +32,9 @@ class Config:
     z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
                        "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
-    gan_loss: str = option("softplus", "softplus: of the logits, Goodfellow's that does not saturate; bce: the same by sigmoid, then log; "
-                           "relativistic: softplus of the difference between the logits of a real and a fake x_{t-1} of the same x_t",
-                           choices=("softplus", "bce", "relativistic"))
-    r1: float = option(0.05, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}; relativistic: by the fake ones too", low=0)
+    gan_loss: str = option("softplus", "of the logits, Goodfellow's that does not saturate; bce: the same by sigmoid, then log",
+                           choices=("softplus", "bce"))
+    r1: float = option(0.05, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}", low=0)
     r1_every: int = option(15, "updates from penalty to penalty", low=1)
     conditional: bool = option(False, "both networks learn class labels too")
     steps: int = option(0, "network evaluations, which is T and nothing else", "sample evaluate", low=1)
@@ -67,7 +66,7 @@ class Config:
 
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     **dict.fromkeys(("digits", "stacked"), dict(
-        width=32, attention=(), resample="conv", gan_loss="relativistic", pretrain=2_600, pretrain_z=600, pretrain_t_weights=(7, 7, 1, 1),
+        width=32, attention=(), resample="conv", pretrain=2_600, pretrain_z=600, pretrain_t_weights=(7, 7, 1, 1),
         t_weights=(3, 11, 1, 1), recon=(0.03, 0, 0.02, 0.02), lr=3e-4, lr_d=1.4e-3, r1=1, r1_every=4, decay=5_900, iters=5_900, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
                                                  decay=30_000, iters=30_000)),
@@ -149,21 +148,15 @@ def fake_half(c, net, x_t, t, table, draw, label, wanted=None):
     return denoise_step(x_t, x0, table[t], c.seed, first, draw + 3, NOISE), x0
 
 
-def gan_loss(c, up, down=None):
-    """Of each sample, from D's logits (B,): small where `up` is large and `down`, if any, small.
-
-    D's loss is that of (real, fake); G's that of (fake, real), of which only the relativistic one (Jolicoeur-Martineau 2018) needs real.
-    """
-    if c.gan_loss == "relativistic":
-        return F.softplus(down - up)
+def gan_loss(c, logit, real):
+    """Of each sample, from D's logits (B,): small where they say real (or, with real False, fake)."""
     if c.gan_loss == "bce":
-        loss = lambda logit, wanted: F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, wanted), reduction="none")
-        return loss(up, 1.0) if down is None else loss(up, 1.0) + loss(down, 0.0)
-    return F.softplus(-up) if down is None else F.softplus(-up) + F.softplus(down)
+        return F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, real), reduction="none")
+    return F.softplus(-logit if real else logit)
 
 
 def penalty(logit, x_s):
-    """|grad D|^2 at these x_s, the mean over the batch: R1 without its weight (Mescheder 2018), differentiable."""
+    """R1 without its weight (Mescheder 2018): |grad D|^2 at real x_s, the mean over the batch, differentiable."""
     grad, = torch.autograd.grad(logit.sum(), x_s, create_graph=True)
     return grad.square().flatten(1).sum(1).mean()
 
@@ -218,7 +211,6 @@ def train(c):
                               for n, lr in ((net, c.lr), (critic, c.lr_d)))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic, optimizer_d=optimizer_d)
     G, D = (torch.compile(net), torch.compile(critic)) if c.compile else (net, critic)
-    relativistic = c.gan_loss == "relativistic"
     forward, reverse = (table.to(c.device) for table in tables(c))
     signal, recon = alpha_bar("ddgan", c.T).float().to(c.device), torch.tensor([0, *(c.recon or [0] * c.T)], device=c.device)
 
@@ -249,14 +241,13 @@ def train(c):
                 x_f, _ = fake_half(c, G, x_t, t, reverse, draw, label)
             penalised = c.r1 > 0 and step % c.r1_every == 0
             judge = critic if penalised else D  # what is compiled cannot be differentiated twice
-            real_logit = judged(judge, x_s.requires_grad_(penalised), x_t, t, label)
-            fake_logit = judged(judge, x_f.requires_grad_(penalised and relativistic), x_t, t, label)
-            loss_d = gan_loss(c, real_logit, fake_logit)
-            real, fake = (real_logit > fake_logit,) * 2 if relativistic else (real_logit > 0, fake_logit < 0)
+            real_logit, fake_logit = judged(judge, x_s.requires_grad_(penalised), x_t, t, label), judged(judge, x_f, x_t, t, label)
+            real, fake = real_logit > 0, fake_logit < 0
+            loss_d = gan_loss(c, real_logit, True) + gan_loss(c, fake_logit, False)
             loss = loss_d.mean()
-            if penalised:  # relativistic: on both sides (Huang 2024), without which it need not converge
-                r1 = penalty(real_logit, x_s) + (penalty(fake_logit, x_f) if relativistic else 0)
-                critic.r1, loss = r1.detach(), loss + c.r1 / 2 * r1  # lazily, yet not multiplied by the interval
+            if penalised:  # lazily, yet not multiplied by the interval
+                r1 = penalty(real_logit, x_s)
+                critic.r1, loss = r1.detach(), loss + c.r1 / 2 * r1
             optimizer_d.zero_grad(set_to_none=True)
             loss.backward()
             runs.average_gradients(critic.parameters())
@@ -271,9 +262,7 @@ def train(c):
         error = (x0_ - wanted).square().flatten(1)
         loss = (signal[u] * error.sum(1)).mean()
         if step > c.pretrain:
-            with torch.no_grad():
-                reference = judged(D, x_s, x_u, u, label) if relativistic else None
-            loss_g = gan_loss(c, judged(D, x_f, x_u, u, label), reference)
+            loss_g = gan_loss(c, judged(D, x_f, x_u, u, label), True)
             loss = (loss_g + recon[u] * error.sum(1)).mean()  # at large t D sees little, and G would drift
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(net.parameters()))

@@ -74,8 +74,8 @@ def test_a_gan_run_learns_and_tells(place):
     assert rows["error_1"][4] < 0.5 * rows["error_1"][0]  # at the end of --pretrain
     # the curves as they were on 2026-11-23 (x86-64, torch 2.13.0)
     np.testing.assert_allclose(rows["error_1"][:4], [0.723383, 0.648346, 0.531256, 0.372865], rtol=5e-3)
-    np.testing.assert_allclose(rows["loss_d_1"][:4], [0.660117, 0.465584, 0.235858, 0.244544], rtol=3e-2)
-    np.testing.assert_allclose(rows["loss_d_1"][-2:], [0.642279, 0.640949], rtol=3e-2)
+    np.testing.assert_allclose(rows["loss_d_1"][:4], [1.353523, 1.132914, 0.762871, 0.592356], rtol=3e-2)
+    np.testing.assert_allclose(rows["loss_d_1"][-2:], [1.347257, 1.352630], rtol=3e-2)
     assert all(((0 <= rows[n]) & (rows[n] <= 1)).all() for n in names[12:]) and rows["r1"][-1] > 0
     assert abs(rows["loss_d_1"] + rows["loss_d_2"] - 4 * np.log(2)).max() > 0.03  # D is not asleep
     sheet = np.asarray(Image.open(folder / "samples.png"))
@@ -167,7 +167,7 @@ def test_ddgan_nears_the_spiral_and_takes_labels(place):
             assert arrays["arr_1"].tolist() == want
 
 
-@pytest.mark.parametrize("flags", [["--T", "1"], ["--T", "1", "--pretrain", "0"], ["--T", "8", "--z", "0", "--batch", "32"], ["--fake", "renoise"], ["--fake", "direct"], ["--gan-loss", "bce"], ["--gan-loss", "softplus"], ["--r1", "0"],
+@pytest.mark.parametrize("flags", [["--T", "1"], ["--T", "1", "--pretrain", "0"], ["--T", "8", "--z", "0", "--batch", "32"], ["--fake", "renoise"], ["--fake", "direct"], ["--gan-loss", "bce"], ["--r1", "0"],
                                    ["--T", "3", "--t-weights", "1,2,1", "--resample", "conv", "--decay", "10"],
                                    ["--pretrain-z", "40", "--fake", "direct"]], ids=" ".join)
 def test_every_ablation_of_ddgan_trains_and_samples(place, flags):
