@@ -171,12 +171,16 @@ def test_grid_modes():
     drawn = metrics.data.load("gaussians", split="test")
     shipped = metrics.grid_modes(drawn.points, metrics.data.GAUSSIANS_MEANS, metrics.data.GAUSSIANS_SIGMA)
     assert shipped["modes"] == 25 and shipped["within"] == pytest.approx(1 - math.exp(-4.5), abs=0.01)
+    # E(|x|^2 | |x| <= 3 sigma) / 2 = 1 - 4.5 / (exp(4.5) - 1), of 10,000 points: sigma 0.007
+    assert got["spread"] == pytest.approx((1 - 4.5 / math.expm1(4.5)) ** 0.5, abs=0.02)
+    narrow = centres[index] + 0.03 + 0.4 * sigma * normal(10_000, 2, seed=16)  # off their centres, which is not spread
+    assert metrics.grid_modes(narrow, centres, sigma)["spread"] == pytest.approx(0.4, abs=0.01)
     # 5 of 25 modes in equal parts: KL = log 5; far points are assigned, but count for no mode
     few = centres[torch.arange(1000) % 5]
-    assert metrics.grid_modes(few, centres, sigma) == {"modes": 5, "modes_of": 25, "within": 1,
+    assert metrics.grid_modes(few, centres, sigma) == {"modes": 5, "modes_of": 25, "within": 1, "spread": 0,
                                                        "kl": pytest.approx(math.log(5), rel=1e-6)}
     off = metrics.grid_modes(few + 0.31, centres, sigma)
-    assert off["modes"] == 0 and off["within"] == 0
+    assert off["modes"] == off["within"] == off["spread"] == 0
     # 20 of 10,000 make a mode, 19 do not; so do 2 of 1,000, and 1 does not
     for n, enough in ((10_000, 20), (1000, 2)):
         for k, modes in ((enough, 2), (enough - 1, 1)):
