@@ -27,15 +27,15 @@ from kernels.noise import randn
 @dataclass
 class Config:
     """This script's own flags; common/runs.py has the shared ones, and RECIPES what a data set changes."""
-    T: int = option(4, "steps from data to noise, each a network evaluation; 1: a plain GAN, with other rates for digits and stacked",
+    T: int = option(4, "steps from data to noise, each a network evaluation; 1: a plain GAN, without --pretrain and with rates of its own",
                     low=1, high=8)
     z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
                        "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
     gan_loss: str = option("softplus", "of the logits, Goodfellow's that does not saturate; bce: the same by sigmoid, then log",
                            choices=("softplus", "bce"))
-    r1: float = option(0.05, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}", low=0)
-    r1_every: int = option(15, "updates from penalty to penalty", low=1)
+    r1: float = option(1.0, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}", low=0)
+    r1_every: int = option(4, "updates from penalty to penalty", low=1)
     conditional: bool = option(False, "both networks learn class labels too")
     steps: int = option(0, "network evaluations, which is T and nothing else", "sample evaluate", low=1)
     label: int = option(-1, "draw only this class; default each in turn", "sample", low=0)
@@ -45,41 +45,39 @@ class Config:
     blocks: int = option(1, "residual blocks a level", low=1)
     attention: tuple = option((16, 8), "sides of the maps that attend, where there are such; none: ''", low=1)
     heads: int = option(4, "attention heads", low=1)
-    resample: str = option("biggan", "between levels", choices=("conv", "biggan"))
+    resample: str = option("conv", "between levels", choices=("conv", "biggan"))
     width_d: int = option(64, "channels of the discriminator at full resolution", low=2)
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    t_weights: tuple = option((), "shares of the batch that t = 1..T have, e.g. 3,11,1,1; default: equal ones", low=1)
-    pretrain: int = option(0, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 alone; D learns only in the last 300 of them", low=0)
-    pretrain_z: int = option(0, "last of these updates, in which G tries four latents and learns with the one that comes nearest to x0", low=0)
-    pretrain_t_weights: tuple = option((), "shares of t in these updates; default: equal ones", low=1)
+    t_weights: tuple = option((3, 11, 1, 1), "shares of the batch that t = 1..T have; '', and for another T: equal ones", low=1)
+    pretrain: int = option(2_600, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 alone; D learns only in the last 300 of them", low=0)
+    pretrain_z: int = option(600, "last of these updates, in which G tries four latents and learns with the one that comes nearest to x0", low=0)
+    pretrain_t_weights: tuple = option((7, 7, 1, 1), "shares of t in these updates", low=1)
     lr_pretrain: float = option(2e-3, "the generator's learning rate in these updates", above=0)
-    recon: tuple = option((), "weights at t = 1..T of |x0' - x0|^2 beside the GAN's loss, e.g. .03,0,.02,.02; default: 0", low=0, part=float)
+    recon: tuple = option((8, 0, 5, 5), "weights at t = 1..T of the mean square of x0' - x0 beside the GAN's loss", low=0, part=float)
     batch: int = option(64, "pictures in an update", low=4)
-    lr: float = option(5e-4, "learning rate of the generator's Adam", above=0)
-    lr_d: float = option(5e-4, "learning rate of the discriminator's Adam", above=0)
+    lr: float = option(3e-4, "learning rate of the generator's Adam", above=0)
+    lr_d: float = option(1.4e-3, "learning rate of the discriminator's Adam", above=0)
     decay: int = option(0, "updates over which both rates fall to 1e-5, along a cosine; 0: constant", low=0)
     ema: float = option(0.999, "decay of the mean of the weights that samples are drawn with", low=0, high=0.999999)
     flip: bool = option(False, "mirror half of the pictures")
 
 
+GAN_ALONE = dict(pretrain=0, t_weights=(), recon=())  # as the paper trains: no least squares, each t as often
+PAPER = GAN_ALONE | dict(resample="biggan", multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), r1_every=10, flip=True)  # appendix C
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    **dict.fromkeys(("digits", "stacked"), dict(
-        width=32, attention=(), resample="conv", pretrain=2_600, pretrain_z=600, pretrain_t_weights=(7, 7, 1, 1),
-        t_weights=(3, 11, 1, 1), recon=(0.03, 0, 0.02, 0.02), lr=3e-4, lr_d=1.4e-3, r1=1, r1_every=4, decay=5_900, iters=5_900, minutes=14)),
-    **dict.fromkeys(("swirl", "gaussians"), dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1_every=1,
-                                                 decay=30_000, iters=30_000)),
-    **dict.fromkeys(("mnist", "fashion-mnist"), dict(multipliers=(1, 2, 2, 2), iters=40_000)),
-    "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02,
-                    decay=350_000, iters=350_000, ema=0.9999, flip=True),  # the paper, appendix C
-    "celeba-hq": dict(T=2, size=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), batch=32, lr=2e-4, lr_d=1e-4, r1=2,
-                      r1_every=10, decay=750_000, iters=750_000, flip=True),  # the paper, for a folder or archive of this name
-    "lsun": dict(size=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), lr=1.6e-4, lr_d=1e-4, r1=1, r1_every=10,
-                 decay=985_000, iters=985_000, flip=True),
-    "pictures": dict(flip=True),
+    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), decay=5_900, iters=5_900, minutes=14)),
+    **dict.fromkeys(("swirl", "gaussians"), GAN_ALONE | dict(
+        z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1=0.05, r1_every=1, decay=30_000, iters=30_000)),
+    **dict.fromkeys(("mnist", "fashion-mnist"), dict(multipliers=(1, 2, 2, 2), decay=40_000, iters=40_000)),
+    "cifar10": PAPER | dict(width=128, multipliers=(1, 2, 2, 2), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02, r1_every=15,
+                            decay=350_000, iters=350_000, ema=0.9999),
+    "celeba-hq": PAPER | dict(T=2, size=256, batch=32, lr=2e-4, lr_d=1e-4, r1=2, decay=750_000, iters=750_000),  # a folder of this name
+    "lsun": PAPER | dict(size=256, lr=1.6e-4, lr_d=1e-4, r1=1, decay=985_000, iters=985_000),
+    "pictures": dict(decay=100_000, flip=True),
 }
-PLAIN = dict.fromkeys(("digits", "stacked"), dict(pretrain=0, lr=2e-4, lr_d=2e-4))  # with --T 1: of pure noise least squares learn the mean
+PLAIN = dict(pretrain=0, lr=2e-4, lr_d=2e-4)  # with --T 1, in Config's place: of pure noise least squares learn the mean picture
 
 # ========================================================================================================== Notation
 # x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  s = t - 1;  z (B, c.z) the latent;  x_s, x_t the pictures after s and t steps
@@ -259,11 +257,11 @@ def train(c):
         wanted = x_s if c.fake == "direct" else x0
         nearest = c.z and c.pretrain - c.pretrain_z < step <= c.pretrain
         x_f, x0_ = fake_half(c, G, x_u, u, reverse, draw, label, wanted if nearest else None)
-        error = (x0_ - wanted).square().flatten(1)
-        loss = (signal[u] * error.sum(1)).mean()
+        error = (x0_ - wanted).square().flatten(1).mean(1)
+        loss = (signal[u] * error).mean()
         if step > c.pretrain:
             loss_g = gan_loss(c, judged(D, x_f, x_u, u, label), True)
-            loss = (loss_g + recon[u] * error.sum(1)).mean()  # at large t D sees little, and G would drift
+            loss = (loss_g + recon[u] * error).mean()  # at large t D sees little, and G would drift
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(net.parameters()))
         runs.average_gradients(net.parameters())
@@ -271,7 +269,7 @@ def train(c):
         ema.update(net)
 
         run.log(loss_d=by_t(loss_d, t, count), loss_g=by_t(loss_g, u, count_u), r1=critic.r1, real=by_t(real, t, count),
-                fake=by_t(fake, t, count), error=by_t(error.mean(1), u, count_u),
+                fake=by_t(fake, t, count), error=by_t(error, u, count_u),
                 spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(run.last["real"], run.last["fake"], run.last["spread"][0]))
@@ -288,7 +286,7 @@ def check(c):
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
         if c.T == 1:
-            vars(c).update({name: value for name, value in PLAIN.get(c.name, {}).items() if name not in c.given})
+            vars(c).update({k: v for k, v in PLAIN.items() if k not in c.given and getattr(c, k) == getattr(Config, k)})
         if c.train and c.batch % (4 * runs.world()):
             raise ValueError(f"--batch {c.batch}: D compares samples in fours, so give a multiple of {4 * runs.world()}")
         if c.train and c.iters <= c.pretrain and "pretrain" not in c.given:

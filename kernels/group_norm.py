@@ -58,7 +58,7 @@ def group_norm_torch(x, groups, weight, bias, scale=None, shift=None, silu=True,
         a, b = torch.addcmul(a, a, scale.to(acc)), torch.addcmul(b, b, scale.to(acc))
     if shift is not None:
         b = b + shift.to(acc)
-    h = x if x.is_cpu else x.to(acc)  # only the CPU's takes 16-bit x with fp32 weights
+    h = x.to(acc)  # the CPU's GroupNorm takes 16-bit x too, at a fifth of the speed
     if x.numel() == 0:
         a, b = (v.expand(n, c).reshape(n, c, *[1] * (x.dim() - 2)) for v in (a, b))
         h = h * a + b  # nothing to normalise, but the graph and zero gradients stay
@@ -67,6 +67,7 @@ def group_norm_torch(x, groups, weight, bias, scale=None, shift=None, silu=True,
     else:
         a, b = (v.expand(n, c).reshape(-1) for v in (a, b))
         h = torch.group_norm(h.reshape(1, n * c, -1), n * groups, a, b, eps).view(x.shape)
+    h = h.to(x.dtype) if x.is_cpu else h  # SiLU in 16 bits: half of what eager backward saves and reads
     y = F.silu(h) if silu else h
     return y.to(x.dtype).contiguous(memory_format=_layout(x))
 

@@ -1,5 +1,6 @@
 """ddgan.py's mathematics: tables against reference values, pairs and sampling against closed forms, losses, gradients."""
 import dataclasses
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def settings(**changes):
-    fields = dataclasses.asdict(ddgan.Config()) | dict(labels=0, seed=3, device=CPU, precision="fp32", compile=False)
+    fields = dataclasses.asdict(ddgan.Config()) | ddgan.GAN_ALONE | dict(labels=0, seed=3, device=CPU, precision="fp32", compile=False)
     return SimpleNamespace(**fields | changes)
 
 
@@ -199,14 +200,14 @@ def test_pretraining_s_shares_end_with_it():
     assert [ddgan.times(c, draw)[0].mode().values.item() for draw in (2, 20, 21, 22, 23, 90)] == [1, 1, 1, 4, 4, 4]
 
 
-@pytest.mark.parametrize("given,want", [((), (0, 2e-4, 2e-4)), (("pretrain",), (0, 2e-4, 2e-4)), (("lr",), (0, 7e-4, 2e-4))], ids=str)
-def test_a_plain_gan_on_digits_has_rates_of_its_own(given, want):
-    c = settings(T=1, name="digits", given=set(given), train=True, pretrain=0 if "pretrain" in given else 2600, lr=7e-4, lr_d=7e-4)
+@pytest.mark.parametrize("flags,want", [("--data digits", (0, 2e-4, 2e-4)), ("--lr 7e-4", (0, 7e-4, 2e-4)), ("--pretrain 9", (9, 2e-4, 2e-4)),
+                                        ("--data gaussians", (0, 2e-3, 2e-3)), ("--data cifar10", (0, 1.6e-4, 1.25e-4))])
+def test_a_plain_gan_has_rates_of_its_own_where_the_recipe_has_none(flags, want, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ddgan.py", "--train", "--T", "1", *flags.split()])
+    c = runs.parse("ddgan", ddgan.Config, ddgan.RECIPES, "")
     ddgan.check(c)
     assert (c.pretrain, c.lr, c.lr_d) == want
-    c = settings(T=1, name="gaussians", given=set(given), train=True, lr=7e-4)
-    ddgan.check(c)
-    assert c.lr == 7e-4
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():

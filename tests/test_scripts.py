@@ -36,7 +36,9 @@ def place(tmp_path_factory):
 
 
 def command(script, *flags):
-    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    """fp32, which the curves and bounds here were measured with, also where `auto` would take bf16."""
+    fp32 = ["--precision", "fp32"] if {"--train", "--sample", "--evaluate"} & {*flags} else []
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags), *fp32]
 
 
 def run(folder, script, *flags, code=0, **env):
@@ -72,10 +74,10 @@ def test_a_gan_run_learns_and_tells(place):
     names = [f"{name}_{t}" for name in ("loss_d", "loss_g", "error", "real", "fake") for t in range(1, 5)]
     assert {*names, "r1", "spread"} <= {*rows.dtype.names} and len(rows) == 20
     assert rows["error_1"][4] < 0.5 * rows["error_1"][0]  # at the end of --pretrain
-    # the curves as they were on 2026-11-23 (x86-64, torch 2.13.0)
+    # the curves as they were on 2026-11-26 (x86-64, torch 2.13.0)
     np.testing.assert_allclose(rows["error_1"][:4], [0.723383, 0.648346, 0.531256, 0.372865], rtol=5e-3)
     np.testing.assert_allclose(rows["loss_d_1"][:4], [1.353523, 1.132914, 0.762871, 0.592356], rtol=3e-2)
-    np.testing.assert_allclose(rows["loss_d_1"][-2:], [1.347257, 1.352630], rtol=3e-2)
+    np.testing.assert_allclose(rows["loss_d_1"][-2:], [1.304452, 1.264377], rtol=3e-2)
     assert all(((0 <= rows[n]) & (rows[n] <= 1)).all() for n in names[12:]) and rows["r1"][-1] > 0
     assert abs(rows["loss_d_1"] + rows["loss_d_2"] - 4 * np.log(2)).max() > 0.03  # D is not asleep
     sheet = np.asarray(Image.open(folder / "samples.png"))
@@ -312,7 +314,7 @@ def test_two_processes_equal_one(place, script):
     one, two = place / f"one-{script}", place / f"two-{script}"
     run(place, script, *flags, "--run", one)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", str(ROOT / f"{script}.py"),
-                    *flags, "--run", two], cwd=place, check=True, timeout=300, capture_output=True,
+                    *flags, "--precision", "fp32", "--run", two], cwd=place, check=True, timeout=300, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert len(losses(one)) == 3 and (losses(one)[0] != losses(one)[2]).any()
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-5 if script == "ddpm" else 1e-3)
