@@ -193,9 +193,10 @@ def _place(c):
 
 
 def autocast(c):
-    """The context for a forward pass: bf16 mixed precision where c.precision says so, but fp32 for a network that predicts the
-    mean, since x_{t-1} and x_t differ by less than bf16 resolves."""
-    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16" and getattr(c, "predict", "") != "mean")
+    """The context for a forward pass: bf16 mixed precision where c.precision says so, but fp32 where bf16 does not resolve what
+    counts: for a network that predicts the mean (x_{t-1} and x_t differ by little), and for points (a mode is 0.01 wide)."""
+    fine = getattr(c, "predict", "") == "mean" or getattr(c, "name", "") in POINTS
+    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16" and not fine)
 
 
 # ----------------------------------------------------------------------------------------------------- random draws

@@ -232,6 +232,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("changes,dtype", [({}, torch.bfloat16), (dict(precision="fp32"), torch.float32), (dict(predict="mean"), torch.float32),
+                                           (dict(name="gaussians"), torch.float32), (dict(name="swirl", predict="eps"), torch.float32)], ids=str)
+def test_bf16_is_used_where_it_resolves_what_counts(changes, dtype):
+    c = SimpleNamespace(**dict(precision="bf16", device=torch.device("cpu"), predict="v", name="digits") | changes)
+    with runs.autocast(c):
+        assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
+
+
 def test_samples_are_drawn_in_order_and_refused_where_not_finite(capsys):
     c = SimpleNamespace(device=torch.device("cpu"), checkpoint="some/checkpoint.pt")
     x, watch = runs.draw(c, lambda first, n, y: torch.arange(first, first + n) + 1000.0 * y, 600, torch.arange(600) % 3)
