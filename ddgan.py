@@ -27,8 +27,8 @@ from kernels.noise import randn
 @dataclass
 class Config:
     """This script's own flags; common/runs.py has the shared ones, and RECIPES what a data set changes."""
-    T: int = option(4, "steps from data to noise, each a network evaluation; 1: a plain GAN, without --pretrain and with rates of its own",
-                    low=1, high=8)
+    T: int = option(4, "steps from data to noise, each a network evaluation; 1: a plain GAN, of pictures without --pretrain and with other "
+                    "rates", low=1, high=8)
     z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
                        "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
@@ -50,12 +50,14 @@ class Config:
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    t_weights: tuple = option((3, 11, 1, 1), "shares of the batch that t = 1..T have; '', and for another T: equal ones", low=1)
+    t_weights: tuple = option((3, 11, 1, 1), "shares of the batch that t = 1..T have; equal with '', and by default for another T", low=1)
     pretrain: int = option(2_600, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 alone; D learns only in the last 300 of them", low=0)
-    pretrain_z: int = option(600, "last of these updates, in which G tries four latents and learns with the one that comes nearest to x0", low=0)
-    pretrain_t_weights: tuple = option((7, 7, 1, 1), "shares of t in these updates", low=1)
+    pretrain_z: int = option(600, "last of these updates, in which G tries four latents and learns with the one that comes nearest to x0; "
+                             "by default at most a quarter of them", low=0)
+    pretrain_t_weights: tuple = option((7, 7, 1, 1), "shares of t in these updates; equal with '', and by default for another T", low=1)
     lr_pretrain: float = option(2e-3, "the generator's learning rate in these updates", above=0)
-    recon: tuple = option((8, 0, 5, 5), "weights at t = 1..T of the mean square of x0' - x0 beside the GAN's loss", low=0, part=float)
+    recon: tuple = option((8.0, 0.0, 5.0, 5.0), "weights at t = 1..T of the mean square of x0' - x0 beside the GAN's loss; none with '', and by "
+                          "default for another T", low=0, part=float)
     batch: int = option(64, "pictures in an update", low=4)
     lr: float = option(3e-4, "learning rate of the generator's Adam", above=0)
     lr_d: float = option(1.4e-3, "learning rate of the discriminator's Adam", above=0)
@@ -67,14 +69,14 @@ class Config:
 GAN_ALONE = dict(pretrain=0, t_weights=(), recon=())  # as the paper trains: no least squares, each t as often
 PAPER = GAN_ALONE | dict(resample="biggan", multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), r1_every=10, flip=True)  # appendix C
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
-    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), decay=5_900, iters=5_900, minutes=14)),
+    **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), decay=7_000, iters=7_000, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), GAN_ALONE | dict(
         z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1=0.05, r1_every=1, decay=30_000, iters=30_000)),
     **dict.fromkeys(("mnist", "fashion-mnist"), dict(multipliers=(1, 2, 2, 2), decay=40_000, iters=40_000)),
     "cifar10": PAPER | dict(width=128, multipliers=(1, 2, 2, 2), batch=256, lr=1.6e-4, lr_d=1.25e-4, r1=0.02, r1_every=15,
                             decay=350_000, iters=350_000, ema=0.9999),
     "celeba-hq": PAPER | dict(T=2, size=256, batch=32, lr=2e-4, lr_d=1e-4, r1=2, decay=750_000, iters=750_000),  # a folder of this name
-    "lsun": PAPER | dict(size=256, lr=1.6e-4, lr_d=1e-4, r1=1, decay=985_000, iters=985_000),
+    "lsun": PAPER | dict(size=256, lr=1.6e-4, lr_d=1e-4, decay=985_000, iters=985_000),
     "pictures": dict(decay=100_000, flip=True),
 }
 PLAIN = dict(pretrain=0, lr=2e-4, lr_d=2e-4)  # with --T 1, in Config's place: of pure noise least squares learn the mean picture
@@ -97,7 +99,7 @@ def tables(c):
     """By t, of x_s from x0 and of x_t from x_s: float32 (4, T + 1), sqrt(alpha_bar_s), sqrt(1 - alpha_bar_s), sqrt(1 - beta_t), sqrt(beta_t);
     and of x_s from what G makes: float32 (T + 1, 5), the coefficients of kernels/diffuse.py's update. t = 0 is unused."""
     ab = alpha_bar("ddgan", c.T)
-    ab_s = ab[torch.arange(-1, c.T).clamp(min=0)]
+    ab_s = torch.cat([ab[:1], ab[:-1]])
     c_x, c_0, beta, beta_tilde = posterior(ab, ab_s)
     forward = torch.stack([ab_s.sqrt(), (1 - ab_s).sqrt(), (1 - beta).sqrt(), beta.sqrt()])
     zero, one = torch.zeros_like(ab), torch.ones_like(ab)
@@ -159,15 +161,16 @@ def penalty(logit, x_s):
     return grad.square().flatten(1).sum(1).mean()
 
 
-def trouble(real, fake, spread):
-    """What is wrong, in words with what usually helps, or None. real, fake: D's accuracy at each t; spread: of x0', over the data's."""
-    if spread < 0.1:
-        return (f"what G makes hardly varies (its standard deviation is {spread:.0%} of the data's): a collapse. What usually helps: "
-                "a smaller --lr, a larger --r1, some --pretrain")
+def trouble(c, real, fake, spread):
+    """What is wrong, in words with what usually helps, or None. At each t, real, fake: D's accuracy; spread: of x0', over the data's."""
+    flat = [t for t, (s, held) in enumerate(zip(spread, c.recon or [0] * c.T), 1) if s < 0.1 and not held]  # least squares do flatten
+    if flat:
+        return (f"what G makes hardly varies at t = {', '.join(map(str, flat))} (below a tenth of the data's standard deviation): a collapse. "
+                "What usually helps: a smaller --lr, a larger --r1, with --T above 1 some --pretrain")
     sure = [t for t, worst in enumerate(map(min, zip(real, fake)), 1) if worst > 0.995]
     if sure:
         return (f"D tells every real pair from every fake one at t = {', '.join(map(str, sure))}, so that G learns little. What usually "
-                "helps: a larger --r1, a smaller --lr-d or --width-d, --fake posterior")
+                "helps: a larger --r1, a smaller --lr-d or --width-d")
 
 
 # ============================================================================================================ Sample
@@ -224,7 +227,8 @@ def train(c):
         label = torch.where(label < 0, c.labels, label) if c.conditional else None
         done = min(1, step / c.decay) if c.decay else 0
         for o, lr in ((optimizer, c.lr), (optimizer_d, c.lr_d)):
-            o.param_groups[0]["lr"] = 1e-5 + (lr - 1e-5) * (1 + math.cos(math.pi * done)) / 2
+            low = min(lr, 1e-5)
+            o.param_groups[0]["lr"] = low + (lr - low) * (1 + math.cos(math.pi * done)) / 2
         if step <= c.pretrain:
             optimizer.param_groups[0]["lr"] = c.lr_pretrain * min(1, step / 100)
 
@@ -261,7 +265,7 @@ def train(c):
         loss = (signal[u] * error).mean()
         if step > c.pretrain:
             loss_g = gan_loss(c, judged(D, x_f, x_u, u, label), True)
-            loss = (loss_g + recon[u] * error).mean()  # at large t D sees little, and G would drift
+            loss = (loss_g + recon[u] * error).mean()  # where D sees little G would drift: at large t; at t = 1 x0 is nearly known
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(net.parameters()))
         runs.average_gradients(net.parameters())
@@ -270,9 +274,9 @@ def train(c):
 
         run.log(loss_d=by_t(loss_d, t, count), loss_g=by_t(loss_g, u, count_u), r1=critic.r1, real=by_t(real, t, count),
                 fake=by_t(fake, t, count), error=by_t(error, u, count_u),
-                spread=(spread_of_fours(x0_.detach()) / spread_of_fours(x0)).mean())
+                spread=by_t((spread_of_fours(x0_) / spread_of_fours(x0)).flatten(1)[:, 0], u, count_u))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
-            run.warn(trouble(run.last["real"], run.last["fake"], run.last["spread"][0]))
+            run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
     if run.step <= c.pretrain:
         run.warn(f"the GAN has not begun: the first {c.pretrain} updates are least squares (--pretrain)")
     runs.leave()
@@ -293,20 +297,22 @@ def check(c):
             raise ValueError(f"--iters {c.iters} ends before the GAN begins: give more than {c.pretrain}, or a smaller --pretrain")
         if "pretrain_z" in c.given and c.pretrain_z > c.pretrain > 0:
             raise ValueError(f"--pretrain-z {c.pretrain_z} is more than --pretrain {c.pretrain}: give at most as many")
+        if "pretrain_z" not in c.given:
+            c.pretrain_z = min(c.pretrain_z, c.pretrain // 4)
         for flag in ("t_weights", "pretrain_t_weights", "recon"):
-            each = getattr(c, flag) or [1] * c.T
-            least = 0 if flag == "recon" else -(-4 * sum(each) // min(each))  # the batch in which each t has four samples
-            if flag not in c.given and (len(each) != c.T or c.batch < least):
-                each, least = [1] * c.T, 4 * c.T
-                setattr(c, flag, ())  # a recipe's are for its own T and batch
-            if len(each) != c.T:
-                raise ValueError(f"--{flag.replace('_', '-')} has {len(each)} numbers for T = {c.T} steps: give one for each")
-            if c.batch < least:
-                raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: at least {least}")
+            each = getattr(c, flag)
+            if len(each) not in (0, c.T):
+                if flag in c.given:
+                    raise ValueError(f"--{flag.replace('_', '-')} has {len(each)} numbers for T = {c.T} steps: give one for each")
+                setattr(c, flag, ())
+        for each in (c.t_weights or [1] * c.T, c.pretrain and c.pretrain_t_weights or [1] * c.T):
+            if c.train and c.batch * min(each) < 4 * sum(each):
+                raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: give at least "
+                                 f"{-(-4 * sum(each) // min(each))}, or equal shares of t: --t-weights '' --pretrain-t-weights ''")
         for flag, used, need in (("pretrain_z", c.pretrain, "--pretrain"), ("pretrain_z", c.z, "a latent, --z"), ("r1_every", c.r1, "--r1"),
                                  ("pretrain_t_weights", c.pretrain, "--pretrain"), ("lr_pretrain", c.pretrain, "--pretrain"),
                                  ("fake", c.T > 1, "a second step, --T 2"), ("t_weights", c.T > 1, "a second step, --T 2"),
-                                 ("heads", c.attention, "--attention")):
+                                 ("pretrain_t_weights", c.T > 1, "a second step, --T 2"), ("heads", c.attention, "--attention")):
             if flag in c.given and not used:
                 raise ValueError(f"--{flag.replace('_', '-')} does nothing without {need}: leave it out")
         if not c.conditional and c.label >= 0:
@@ -333,7 +339,8 @@ def main():
         with runs.inputs():
             print(watch.report(c.T, pictures.save(c.out or c.run / "samples.png", x, label, frames)))
     if c.evaluate:
-        x, watch = runs.draw(c, lambda *which: sample(c, net, shape, *which), c.n or 1000, runs.sample_labels(c, c.n or 1000))
+        n = c.n or 1000
+        x, watch = runs.draw(c, lambda *which: sample(c, net, shape, *which), n, runs.sample_labels(c, n))
         metrics.write_result(c, metrics.judge(c, x, c.T, watch))
 
 

@@ -282,9 +282,7 @@ class Discriminator(nn.Module):
         self.first = nn.Conv2d(2 * shape[0], width, 4, stride=2, padding=1)
         self.blocks = nn.ModuleList(Block(a, b, 4 * width, -1 if i else 0) for i, (a, b) in enumerate(zip([width, *channels], channels)))
         self.norm, self.mix = norm(channels[-1]), nn.Conv2d(channels[-1] + 1, channels[-1], 3, padding=1)
-        side = shape[-1] // 2
-        for _ in range(downs - 1):
-            side = -(-side // 2)
+        side = -(-(shape[-1] // 2) // 2 ** (downs - 1))
         self.last = nn.Linear(channels[-1] * side ** 2, 1)
 
     def forward(self, x_s, x_t, t, label=None):

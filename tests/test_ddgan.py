@@ -259,3 +259,11 @@ def test_penalty_is_the_squared_gradient_on_real_pairs():
     weight = critic.last.weight
     slope, = torch.autograd.grad(got, weight)
     assert slope.abs().max() > 0
+
+
+@pytest.mark.parametrize("real,fake,spread,words", [
+    ([.9, .6], [.6, .9], [.8, .7], None), ([1, .6], [.9, .9], [.8, .7], None), ([.9, .6], [.6, .9], [.8, .02], "varies at t = 2 "),
+    ([.9, .6], [.6, .9], [.02, .8], None), ([.9, 1], [.6, 1], [.8, .7], "every fake one at t = 2,"), ([1, 1], [1, 1], [.8, .7], "t = 1, 2,")])
+def test_collapse_and_a_discriminator_that_is_sure_are_named(real, fake, spread, words):
+    told = ddgan.trouble(settings(T=2, recon=(8.0, 0.0)), real, fake, spread)  # at t = 1 least squares decide
+    assert told is None if words is None else words in told and "usually helps" in told
