@@ -327,7 +327,8 @@ def test_two_processes_equal_one(place, script):
     assert len(losses(one)) == 3 and (losses(one)[0] != losses(one)[2]).any()
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-5 if script == "ddpm" else 1e-3)
     for part in ("net", "critic") if script == "ddgan" else ("net",):
-        for a, b in zip(weights(one)[part].values(), weights(two)[part].values()):
+        of_one, of_two = (weights(run)[part] for run in (one, two))
+        for a, b in ((of_one[name], of_two[name]) for name in of_one if name != "r1"):  # r1, to be shown, is each process's own
             assert_close(a, b, atol=1e-4 if script == "ddpm" else 5e-4, rtol=1e-3)  # Adam magnifies small gradients
 
 
