@@ -651,7 +651,7 @@ class Stopwatch:
     def report(self, evaluations, path):
         """The line that ends sampling."""
         n, s = (sum(column) for column in zip(*self.laps))
-        return f"{n} samples in {s:.1f} s, {evaluations} network evaluations each, {1000 * s / n:.1f} ms per sample: {path}"
+        return f"{n} samples in {s:.1f} s, {evaluations} network evaluations each, {self.ms():.3g} ms per sample once warm: {path}"
 
 
 def draw(c, sample, n, label=None):

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import datetime
 import inspect
+import itertools
 import math
 import os
 import re
@@ -520,9 +521,10 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", default="fp32,bf16", help="of fp32, bf16, fp16 (default %(default)s)")
     parser.add_argument("--targets", default=",".join(TARGETS), help="without a GPU (default %(default)s)")
+    parser.add_argument("--unets", default=",".join(UNETS), help="with a GPU, whose GroupNorms: torch.compile takes minutes for all (default %(default)s)")
     args = parser.parse_args()
     dtypes, targets = args.dtypes.split(","), args.targets.split(",")
-    for name, known in [*((d, DTYPES) for d in dtypes), *((t, TARGETS) for t in targets)]:
+    for name, known in [*((d, DTYPES) for d in dtypes), *((t, TARGETS) for t in targets), *((u, UNETS) for u in args.unets.split(","))]:
         if name not in known:
             parser.exit(2, f"kernels.bench: error: unknown {name!r}, choose from {', '.join(known)}\n")
     path = Path(__file__).with_name("bench.md")
@@ -540,16 +542,17 @@ def main():
     copy = copy_speed(clock)
     head = f"{torch.cuda.get_device_name()}, {versions}, commit {commit}; copy {copy:.0f} GB/s"
     print(head)
-    rows = [*diffuse_rows(clock, copy, [DTYPES[d] for d in dtypes]), *norm_rows(clock, copy, [DTYPES[d] for d in dtypes], UNETS)]
     ways = ("eager", "compile", "liger", "diffusers")
-    lines = [head, "", "Times of others as multiples of ours: below 1, ours loses.", "",
-             "| | ms | GB/s | share of copy | " + " | ".join(ways) + " |", "| --- | --- | --- | --- | " + "--- | " * len(ways)]
-    lines += [f"| {r['name']} | {r['ours']:.4f} | {r['gbs']:.0f} | {r['share']:.0%} | "
-              + " | ".join(f"{r[w] / r['ours']:.2f}" if w in r else "" for w in ways) + " |" for r in rows]
-    path.write_text("\n".join(lines) + "\n")
-    with open(path, "a") as file:
+    with open(path, "w", buffering=1) as file:  # a line at a time: who stops it keeps what was measured
+        print(head, "", sep="\n", file=file)
         for line in (overhead(clock), *whole_rows(clock)):
-            file.write(f"\n- {line}")
+            print(f"- {line}", file=file)
+        print("", "Times of others as multiples of ours: below 1, ours loses.", "", "| | ms | GB/s | share of copy | " + " | ".join(ways) + " |",
+              "| --- | --- | --- | --- | " + "--- | " * len(ways), sep="\n", file=file)
+        types = [DTYPES[d] for d in dtypes]
+        for r in itertools.chain(diffuse_rows(clock, copy, types), norm_rows(clock, copy, types, args.unets.split(","))):
+            print(f"| {r['name']} | {r['ours']:.4f} | {r['gbs']:.0f} | {r['share']:.0%} | "
+                  + " | ".join(f"{r[w] / r['ours']:.2f}" if w in r else "" for w in ways) + " |", file=file)
 
 
 if __name__ == "__main__":

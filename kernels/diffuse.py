@@ -112,7 +112,7 @@ if triton is not None:
         at = _at(e, b, b_stride, c_stride, p_stride, SPATIAL)
         tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
 
-    @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream"])
+    @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream_id"])
     def _add_noise_kernel(
         x_ptr, x_b, x_c, x_p,  # (B, C, spatial) uint8 or float, and its strides
         a_ptr, s_ptr,  # (B,) float32
@@ -120,7 +120,7 @@ if triton is not None:
         y_ptr, eps_ptr,  # (B, C, spatial) out: x_t, and eps or None, float, of equal strides
         y_b, y_c, y_p,
         size,  # elements of a sample: C * spatial
-        seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream,  # see noise.normals
+        seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id,  # see noise.normals
         QUADS: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr,
     ):
         b = tl.program_id(0).to(tl.int64)
@@ -133,14 +133,14 @@ if triton is not None:
         x = _load(x_ptr, source, mask, b, x_b, x_c, x_p, SPATIAL)
         if x_ptr.dtype.element_ty == tl.uint8:
             x = (x - 127.5) * 0.00784313725490196  # x / 127.5 - 1 in one fused step would pass 1 at 255
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS,
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id, QUADS,
                     y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(a_ptr + b) * x + tl.load(s_ptr + b) * n
         _store(y_ptr, y, e, mask, b, y_b, y_c, y_p, SPATIAL)
         if eps_ptr is not None:
             _store(eps_ptr, n, e, mask, b, y_b, y_c, y_p, SPATIAL)
 
-    @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream"])
+    @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream_id"])
     def _denoise_kernel(
         x_ptr, x_b, x_c, x_p,  # (B, C, spatial) float state, and its strides
         out_ptr, out_b, out_c, out_p,  # the same of the network's output
@@ -150,7 +150,7 @@ if triton is not None:
         guide_ptr, guide,  # (B,) float32, or None: a number
         y_ptr, x0_ptr, y_b, y_c, y_p,  # (B, C, spatial) out: x_prev, and x0 or None; of equal strides
         size,
-        seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream,
+        seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id,
         QUADS: tl.constexpr, CLIP: tl.constexpr, SPATIAL: tl.constexpr,
     ):
         b = tl.program_id(0).to(tl.int64)
@@ -173,7 +173,7 @@ if triton is not None:
             scale = _load(std_ptr, e, mask, b, std_b, std_c, std_p, SPATIAL)
         else:
             scale = tl.load(row + 4)
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS,
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id, QUADS,
                     y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(row + 2) * x + tl.load(row + 3) * x0 + scale * n
         _store(y_ptr, y, e, mask, b, y_b, y_c, y_p, SPATIAL)

@@ -153,7 +153,7 @@ if triton is not None:
         return n0, n1, n2, n3
 
     @triton.jit
-    def normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream,
+    def normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id,
                 QUADS: tl.constexpr, PAIRS: tl.constexpr):
         """(4 QUADS,) float32 normals of row b from element 4 QUADS tile on.
 
@@ -178,7 +178,7 @@ if triton is not None:
             c2 = tl.load(step_ptr).to(tl.uint32)  # () int64
         else:
             c2 = step.to(tl.uint32)
-        c3 = stream.to(tl.uint32)
+        c3 = stream_id.to(tl.uint32)
         # The outer join is the index's low bit: n0, n1, n2, n3 in this order.
         if PAIRS:
             q = tile * QUADS + 2 * tl.arange(0, QUADS // 2)
@@ -189,20 +189,20 @@ if triton is not None:
         n0, n1, n2, n3 = four((tile * QUADS + tl.arange(0, QUADS)).to(tl.uint32), c1, c2, c3, k0, k1)
         return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (4 * QUADS,))
 
-    @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream"])
+    @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "sample", "step", "stream_id"])
     def _randn_kernel(
         y_ptr,  # (B, size) out, float, rows dense
         size,
         seed_ptr, seed_lo, seed_hi,  # () int64 or None; else two halves
         sample_ptr, sample,  # (B,) int64 or None; else the first row's index
         step_ptr, step,  # () int64 or None; else a number
-        stream,
+        stream_id,
         QUADS: tl.constexpr,
     ):
         b = tl.program_id(0).to(tl.int64)
         tile = tl.program_id(1)
         e = tile * (4 * QUADS) + tl.arange(0, 4 * QUADS)
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream, QUADS,
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id, QUADS,
                     y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         tl.store(y_ptr + b * size + e, n.to(y_ptr.dtype.element_ty), mask=e < size)
 
@@ -230,7 +230,7 @@ def rng_args(seed, sample, step, stream):
     step_ptr, step = split(step)
     return dict(seed_ptr=seed_ptr, seed_lo=signed(seed), seed_hi=signed(seed >> 32),
                 sample_ptr=sample_ptr, sample=signed(sample), step_ptr=step_ptr, step=signed(step),
-                stream=signed(stream), QUADS=QUADS)
+                stream_id=signed(stream), QUADS=QUADS)
 
 
 def _randn_triton(y, seed, sample, step, stream):

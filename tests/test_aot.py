@@ -31,6 +31,10 @@ def test_launch_code_under_fake_cuda_tensors():
     run("-c", "import aot; aot.fake_launches()")
 
 
+def test_every_kernel_by_its_own_launcher():
+    run("-c", "import aot; aot.own_launcher()")
+
+
 @pytest.mark.parametrize("target", ("80", "90", "100", "gfx942"))
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 def test_each_gate_can_fail(target, dtype):
