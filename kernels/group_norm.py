@@ -343,13 +343,21 @@ if triton is not None:
 
     @triton.jit
     def sum_groups(v, BG: tl.constexpr):
-        """Sums of a tile (BG * BC, ...) over each group: (BG,), or a number where there is one."""
+        """Sums of a tile (BG * BC, BP), or of one column (BG * BC,), over each group: (BG,), or a number where there is one.
+
+        A tile in two sums, channels and then positions: in one, over (BG, BC * BP), the lanes that a group lies in would not be
+        neighbours, and Triton (3.6 and 3.7) adds up others then without a word.
+        """
         if BG == 1:
             return tl.sum(v)
         elif v.numel == BG:                 # nothing to add; a sum along an axis of one spills without end
             return tl.reshape(v, (BG,))
-        else:                               # rows of a group lie side by side
+        elif v.shape[0] == BG:
+            return tl.sum(v, 1)
+        elif v.numel == v.shape[0]:         # rows of a group lie side by side
             return tl.sum(tl.reshape(v, (BG, v.numel // BG)), 1)
+        else:
+            return tl.sum(tl.sum(tl.reshape(v, (BG, v.shape[0] // BG, v.shape[1])), 1), 1)
 
     @triton.jit
     def per_row(v, BG: tl.constexpr, BC: tl.constexpr):

@@ -45,10 +45,10 @@ def test_each_gate_can_fail(target, dtype):
     registers, per_value = ceilings[2:] if target == "gfx942" else ceilings[:2]
     values = 16 if target == "gfx942" else 32  # of the tile's 4,096 for each thread
     wide = values * aot.DTYPES[dtype].itemsize // 16
-    right = dict(memory=0, spills=0, registers=registers, instructions=per_value * values, loads=2 * wide, stores=wide)
+    right = dict(memory=0, spills=0, torn=0, registers=registers, instructions=per_value * values, loads=2 * wide, stores=wide)
     complaints = lambda **wrong: aot.check(name, target, dtype, arguments, options, right | wrong)
     assert complaints() == []
-    for wrong, says in ((dict(spills=1), "spills = 1"), (dict(memory=8), "memory = 8"),
+    for wrong, says in ((dict(spills=1), "spills = 1"), (dict(memory=8), "memory = 8"), (dict(torn=1), "torn = 1"),
                         (dict(registers=2 * registers), "registers over"), (dict(loads=2 * wide - 1), "128-bit loads"),
                         (dict(loads=0), "128-bit loads"), (dict(stores=0), "128-bit stores"),
                         (dict(instructions=2 * per_value * values), "instructions over")):

@@ -240,7 +240,8 @@ def test_kernels_in_the_interpreter():
 
 @GPU
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-@pytest.mark.parametrize("shape, groups", (((64, 128, 32, 32), 32), ((16, 64, 128, 128), 16), ((8, 256, 16, 16), 8)), ids=str)
+@pytest.mark.parametrize("shape, groups", (((64, 128, 32, 32), 32), ((16, 64, 128, 128), 16), ((8, 256, 16, 16), 8),
+                                           ((64, 512, 8, 8), 32), ((64, 256, 16, 16), 32)), ids=str)
 def test_gpu_every_kernel(shape, groups, layout):
     """Tiles of several groups, split groups: right, the same bits in every run, in one graph, and replayed."""
     for dtype in (torch.float32, torch.bfloat16):
