@@ -266,8 +266,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("script", SMALL)
 def test_killed_and_resumed_equals_never_killed(place, script):
-    """SIGKILL at a random moment of training, twice; then every weight, moment and logged loss is the same, bit for bit."""
-    flags = [script, "--train", "--iters", "400", *SMALL[script]]
+    """SIGKILL at a random moment of training, twice; then every weight, moment and logged loss is the same, bit for bit (on a CPU)."""
+    flags = [script, "--train", "--iters", "400", *SMALL[script], "--device", "cpu"]
     whole = place / f"whole-{script}"
     run(place, *flags, "--run", whole)
     folder = place / f"killed-{script}"
@@ -317,8 +317,8 @@ def test_a_full_disk_ends_with_one_line(place):
 
 @pytest.mark.parametrize("script", ["ddpm", "ddgan"])
 def test_two_processes_equal_one(place, script):
-    """Half the batch each: the loss curve of one process, to rounding."""
-    flags = ["--train", "--iters", "30", *SMALL[script], "--conditional", *(["--pretrain", "10"] if script == "ddgan" else [])]
+    """Half the batch each: the loss curve of one process, to rounding. (One GPU would not do for two.)"""
+    flags = ["--train", "--iters", "30", *SMALL[script], "--device", "cpu", "--conditional", *(["--pretrain", "10"] if script == "ddgan" else [])]
     one, two = place / f"one-{script}", place / f"two-{script}"
     run(place, script, *flags, "--run", one)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", str(ROOT / f"{script}.py"),
