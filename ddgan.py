@@ -6,7 +6,7 @@
     python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
     python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
 
-Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 0.97 to 1.25 (floor 0.16), recall 0.91 to 0.95, three runs. The
+Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 0.89 to 1.00 (floor 0.16), recall 0.94 to 0.95, three runs. The
 25 Gaussians: all of them, 96 % of the points within 3 sigma, 8 minutes. What did it, by trial and with the failures, is in the README.
 """
 import math
