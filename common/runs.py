@@ -651,7 +651,8 @@ class Stopwatch:
     def report(self, evaluations, path):
         """The line that ends sampling."""
         n, s = (sum(column) for column in zip(*self.laps))
-        return f"{n} samples in {s:.1f} s, {evaluations} network evaluations each, {self.ms():.3g} ms per sample once warm: {path}"
+        warm = " once warm" if len(self.laps) > 1 else ""
+        return f"{n} samples in {s:.1f} s, {evaluations} network evaluations each, {self.ms():.3g} ms per sample{warm}: {path}"
 
 
 def draw(c, sample, n, label=None):

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from torch._subclasses import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -118,6 +119,29 @@ def fake_launches():
             kind = lambda v: (v.shape, v.stride(), v.dtype, v.device)
             assert [*map(kind, told)] == [*map(kind, made)] and told[0].stride() == x.stride()
             assert [kernel.fn.__name__ for kernel, _, _ in launches] == expected, launches
+
+
+@triton.jit
+def torn_kernel(x_ptr, y_ptr):
+    """Sums of 16 channels and 16 positions for two groups in one go, which Triton tears: see sum_groups of kernels/group_norm.py."""
+    c, p = tl.arange(0, 32), tl.arange(0, 16)
+    x = tl.load(x_ptr + p[None, :] * 32 + c[:, None]).to(tl.float32)
+    tl.store(y_ptr + tl.arange(0, 2), tl.sum(tl.reshape(x, (2, 256)), 1))
+
+
+@triton.jit
+def whole_kernel(x_ptr, y_ptr):
+    """The same in two sums."""
+    c, p = tl.arange(0, 32), tl.arange(0, 16)
+    x = tl.load(x_ptr + p[None, :] * 32 + c[:, None]).to(tl.float32)
+    tl.store(y_ptr + tl.arange(0, 2), tl.sum(tl.sum(tl.reshape(x, (2, 16, 16)), 1), 1))
+
+
+def torn_is_seen():
+    """In Triton's own text, whose form may change with its version."""
+    for kernel, wanted in ((torn_kernel, 1), (whole_kernel, 0)):
+        given = dict(x_ptr=torch.zeros(512, dtype=torch.bfloat16), y_ptr=torch.zeros(2))
+        assert machine_code(kernel, given, dict(num_warps=1), "90")["torn"] == wanted, kernel.fn.__name__
 
 
 def own_launcher():

@@ -35,6 +35,10 @@ def test_every_kernel_by_its_own_launcher():
     run("-c", "import aot; aot.own_launcher()")
 
 
+def test_a_torn_reduction_is_seen():
+    run("-c", "import aot; aot.torn_is_seen()")
+
+
 @pytest.mark.parametrize("target", ("80", "90", "100", "gfx942"))
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 def test_each_gate_can_fail(target, dtype):

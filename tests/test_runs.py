@@ -377,3 +377,11 @@ def test_gpu_a_replayed_step_gives_the_very_pictures_of_the_step(script, monkeyp
     assert len(runs._graphs) == 2 and all(graph is not None for _, _, graph, _ in runs._graphs.values())
     for a, b in zip(got, want):
         assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_first_batch_warms_up_and_is_told_as_such():
+    watch = runs.Stopwatch(torch.device("cpu"))
+    watch.laps = [(256, 10.0)]
+    assert "256 samples in 10.0 s, 4 network evaluations each, 39.1 ms per sample: here" == watch.report(4, "here")
+    watch.laps += [(256, 0.256), (100, 0.1)]
+    assert "612 samples in 10.4 s, 4 network evaluations each, 1 ms per sample once warm: here" == watch.report(4, "here")
