@@ -31,11 +31,11 @@ class Config:
                     "rates", low=1, high=8)
     z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} | x_t, x0'); renoise, x0' noised "
-                       "anew; direct, as it is", choices=("posterior", "renoise", "direct"))
+                       "anew; direct, as it is", choices=("posterior", "renoise", "direct"), needs="T")
     gan_loss: str = option("softplus", "of the logits, Goodfellow's that does not saturate; bce: the same by sigmoid, then log",
                            choices=("softplus", "bce"))
     r1: float = option(1.0, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}", low=0)
-    r1_every: int = option(4, "updates from penalty to penalty", low=1)
+    r1_every: int = option(4, "updates from penalty to penalty", low=1, needs="r1")
     conditional: bool = option(False, "both networks learn class labels too")
     steps: int = option(0, "network evaluations, which is T and nothing else", "sample evaluate", low=1)
     label: int = option(-1, "draw only this class; default each in turn", "sample", low=0)
@@ -44,18 +44,20 @@ class Config:
     multipliers: tuple = option((1, 2, 2), "of the width, one for each level of the U-Net", low=1)
     blocks: int = option(1, "residual blocks a level", low=1)
     attention: tuple = option((16, 8), "sides of the maps that attend, where there are such; none: ''", low=1)
-    heads: int = option(4, "attention heads", low=1)
+    heads: int = option(4, "attention heads", low=1, needs="attention")
     resample: str = option("conv", "between levels", choices=("conv", "biggan"))
-    width_d: int = option(64, "channels of the discriminator at full resolution", low=2)
+    width_d: int = option(64, "channels of the discriminator at half resolution, where it begins", low=2)
 
     iters: int = option(100_000, "updates in all, each of both networks", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    t_weights: tuple = option((3, 11, 1, 1), "shares of the batch that t = 1..T have; equal with '', and by default for another T", low=1)
+    t_weights: tuple = option((3, 11, 1, 1), "shares of the batch that t = 1..T have; equal with '', and by default for another T", low=1,
+                             needs="T")
     pretrain: int = option(2_600, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 alone; D learns only in the last 300 of them", low=0)
     pretrain_z: int = option(600, "last of these updates, in which G tries four latents and learns with the one that comes nearest to x0; "
-                             "by default at most a quarter of them", low=0)
-    pretrain_t_weights: tuple = option((7, 7, 1, 1), "shares of t in these updates; equal with '', and by default for another T", low=1)
-    lr_pretrain: float = option(2e-3, "the generator's learning rate in these updates", above=0)
+                             "by default at most a quarter of them", low=0, needs="pretrain z")
+    pretrain_t_weights: tuple = option((7, 7, 1, 1), "shares of t in these updates; equal with '', and by default for another T", low=1,
+                                      needs="pretrain T")
+    lr_pretrain: float = option(2e-3, "the generator's learning rate in these updates", above=0, needs="pretrain")
     recon: tuple = option((8.0, 0.0, 5.0, 5.0), "weights at t = 1..T of the mean square of x0' - x0 beside the GAN's loss; none with '', and by "
                           "default for another T", low=0, part=float)
     batch: int = option(64, "pictures in an update", low=4)
@@ -67,7 +69,8 @@ class Config:
 
 
 GAN_ALONE = dict(pretrain=0, t_weights=(), recon=())  # as the paper trains: no least squares, each t as often
-PAPER = GAN_ALONE | dict(resample="biggan", multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), r1_every=10, flip=True)  # appendix C
+PAPER = GAN_ALONE | dict(resample="biggan", multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), r1_every=10, flip=True,
+                         width_d=128)  # appendix C, but that D, which begins at half resolution, is of ours
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), decay=7_000, iters=7_000, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), GAN_ALONE | dict(
@@ -80,6 +83,7 @@ RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     "pictures": dict(decay=100_000, flip=True),
 }
 PLAIN = dict(pretrain=0, lr=2e-4, lr_d=2e-4)  # with --T 1, in Config's place: of pure noise least squares learn the mean picture
+DIRECT = dict(pretrain=0, recon=())  # with --fake direct: of x_s too, most of which is noise at large t
 
 # ========================================================================================================== Notation
 # x0 (B, C, H, W) data in [-1, 1];  t (B,) in 1..T;  s = t - 1;  z (B, c.z) the latent;  x_s, x_t the pictures after s and t steps
@@ -161,9 +165,15 @@ def penalty(logit, x_s):
     return grad.square().flatten(1).sum(1).mean()
 
 
+def decayed(c, lr, step):
+    """The learning rate that lr has become: along a cosine to 1e-5 over c.decay updates, and so from there on; 0: constant."""
+    low, done = min(lr, 1e-5), min(1, step / c.decay) if c.decay else 0
+    return low + (lr - low) * (1 + math.cos(math.pi * done)) / 2
+
+
 def trouble(c, real, fake, spread):
     """What is wrong, in words with what usually helps, or None. At each t, real, fake: D's accuracy; spread: of x0', over the data's."""
-    flat = [t for t, (s, held) in enumerate(zip(spread, c.recon or [0] * c.T), 1) if s < 0.1 and not held]  # least squares do flatten
+    flat = [t for t, (s, held) in enumerate(zip(spread, c.recon or [0] * c.T), 1) if s < 0.1 and held < 1]  # least squares do flatten
     if flat:
         return (f"what G makes hardly varies at t = {', '.join(map(str, flat))} (below a tenth of the data's standard deviation): a collapse. "
                 "What usually helps: a smaller --lr, a larger --r1, with --T above 1 some --pretrain")
@@ -225,15 +235,11 @@ def train(c):
     for step in run:
         x0, label = runs.training_batch(data, c, step, c.flip)
         label = torch.where(label < 0, c.labels, label) if c.conditional else None
-        done = min(1, step / c.decay) if c.decay else 0
-        for o, lr in ((optimizer, c.lr), (optimizer_d, c.lr_d)):
-            low = min(lr, 1e-5)
-            o.param_groups[0]["lr"] = low + (lr - low) * (1 + math.cos(math.pi * done)) / 2
-        if step <= c.pretrain:
-            optimizer.param_groups[0]["lr"] = c.lr_pretrain * min(1, step / 100)
+        optimizer.param_groups[0]["lr"] = decayed(c, c.lr, step) if step > c.pretrain else c.lr_pretrain * min(1, step / 100)
+        optimizer_d.param_groups[0]["lr"] = decayed(c, c.lr_d, step)
 
         loss_d = loss_g = torch.zeros(len(x0), device=c.device)  # logged while that network is not trained on it
-        real = fake = loss_d > 0  # where D is right
+        real = fake = torch.full_like(loss_d, 0.5)  # how often D is right: at rest, as a coin is
 
         # The discriminator: real pairs against fake ones of the same x_t
         (t, count), draw = times(c, 2 * step), 8 * step
@@ -272,8 +278,8 @@ def train(c):
         optimizer.step()
         ema.update(net)
 
-        run.log(loss_d=by_t(loss_d, t, count), loss_g=by_t(loss_g, u, count_u), r1=critic.r1, real=by_t(real, t, count),
-                fake=by_t(fake, t, count), error=by_t(error, u, count_u),
+        run.log(real=by_t(real, t, count), fake=by_t(fake, t, count), loss_d=by_t(loss_d, t, count), loss_g=by_t(loss_g, u, count_u),
+                r1=critic.r1, error=by_t(error, u, count_u),
                 spread=by_t((spread_of_fours(x0_) / spread_of_fours(x0)).flatten(1)[:, 0], u, count_u))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
@@ -289,8 +295,10 @@ def check(c):
     with runs.inputs():
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
-        if c.T == 1:
-            vars(c).update({k: v for k, v in PLAIN.items() if k not in c.given and getattr(c, k) == getattr(Config, k)})
+        for those, changes in ((c.T == 1, PLAIN), (c.fake == "direct", DIRECT)):
+            if those:
+                vars(c).update({k: v for k, v in changes.items() if k not in c.given and getattr(c, k) == getattr(Config, k)})
+        runs.idle(c)
         if c.train and c.batch % (4 * runs.world()):
             raise ValueError(f"--batch {c.batch}: D compares samples in fours, so give a multiple of {4 * runs.world()}")
         if c.train and c.iters <= c.pretrain and "pretrain" not in c.given:
@@ -305,16 +313,12 @@ def check(c):
                 if flag in c.given:
                     raise ValueError(f"--{flag.replace('_', '-')} has {len(each)} numbers for T = {c.T} steps: give one for each")
                 setattr(c, flag, ())
-        for each in (c.t_weights or [1] * c.T, c.pretrain and c.pretrain_t_weights or [1] * c.T):
-            if c.train and c.batch * min(each) < 4 * sum(each):
+        for flag, each in (("t-weights", c.t_weights), ("pretrain-t-weights", c.pretrain and c.pretrain_t_weights)):
+            share = each or [1] * c.T
+            if c.train and c.batch * min(share) < 4 * sum(share):
+                equal = f", or equal shares of t, --{flag} ''" if each and c.batch >= 4 * c.T else ""
                 raise ValueError(f"--batch {c.batch} leaves some t without four samples for D to compare: give at least "
-                                 f"{-(-4 * sum(each) // min(each))}, or equal shares of t: --t-weights '' --pretrain-t-weights ''")
-        for flag, used, need in (("pretrain_z", c.pretrain, "--pretrain"), ("pretrain_z", c.z, "a latent, --z"), ("r1_every", c.r1, "--r1"),
-                                 ("pretrain_t_weights", c.pretrain, "--pretrain"), ("lr_pretrain", c.pretrain, "--pretrain"),
-                                 ("fake", c.T > 1, "a second step, --T 2"), ("t_weights", c.T > 1, "a second step, --T 2"),
-                                 ("pretrain_t_weights", c.T > 1, "a second step, --T 2"), ("heads", c.attention, "--attention")):
-            if flag in c.given and not used:
-                raise ValueError(f"--{flag.replace('_', '-')} does nothing without {need}: leave it out")
+                                 f"{-(-4 * sum(share) // min(share))}{equal}")
         if not c.conditional and c.label >= 0:
             raise ValueError("--label needs a model trained with --conditional")
 

@@ -39,7 +39,7 @@ class Config:
     multipliers: tuple = option((1, 2, 2), "of the width, one for each level of the U-Net", low=1)
     blocks: int = option(1, "residual blocks a level", low=1)
     attention: tuple = option((16, 8), "sides of the maps that attend, where there are such; none: ''", low=1)
-    heads: int = option(4, "attention heads", low=1)
+    heads: int = option(4, "attention heads", low=1, needs="attention")
     resample: str = option("conv", "between levels", choices=("conv", "biggan"))
 
     iters: int = option(100_000, "updates in all", low=1)
@@ -253,8 +253,7 @@ def check(c):
     """What the flags of one command, or flags and checkpoint together, cannot mean."""
     with runs.inputs():
         timesteps(c.T, c.steps or 1)
-        if "heads" in c.given and not c.attention:
-            raise ValueError("--heads does nothing without attention: give --attention too, or leave it out")
+        runs.idle(c)
         if not c.conditional and (c.label >= 0 or c.guidance != 1):
             raise ValueError("--label and --guidance need a model trained with --conditional")
 

@@ -46,22 +46,32 @@ def scatter(points):
 
 
 def curves(folder):
-    """loss.png beside a run's metrics.csv: every column over the updates, one panel each; a vector's name_1, name_2, ... share theirs."""
+    """loss.png beside a run's metrics.csv: every column over the updates, one panel each; a vector's name_1, name_2, ... share theirs. Of a
+    long run the means of neighbours: 300 points."""
     from matplotlib.figure import Figure
     path = Path(folder) / "metrics.csv"
     table = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    panels = {}
+    many, panels = math.ceil(len(table) / 300), {}
+
+    def means(name):
+        return [sum(float(row[name]) for row in rows) / len(rows) for rows in (table[i:i + many] for i in range(0, len(table), many))]
+
     for name in (n for n in (table[0] if table else {}) if n not in ("step", "seconds")):
         panels.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
     if panels:
-        figure = Figure(figsize=(6, 2.4 * len(panels)), dpi=100, layout="constrained")
-        for (what, names), axes in zip(panels.items(), figure.subplots(len(panels), squeeze=False)[:, 0]):
-            values = {name: [float(row[name]) for row in table] for name in names}
+        wide = 1 if len(panels) < 3 else 2
+        high = math.ceil(len(panels) / wide)
+        figure = Figure(figsize=(6 * wide, 2.4 * high), dpi=100, layout="constrained")
+        places = figure.subplots(high, wide, squeeze=False).flat
+        for (what, names), axes in zip(panels.items(), places):
+            values = {name: means(name) for name in names}
             for name in names:
-                axes.plot([int(row["step"]) for row in table], values[name], linewidth=1, label=name.removeprefix(what + "_"))
+                axes.plot(means("step"), values[name], linewidth=1, label=name.removeprefix(what + "_"))
             axes.set(xlabel="update", ylabel=what, **(dict(yscale="log") if min(map(min, values.values())) > 0 else {}))
             if len(names) > 1:
                 axes.legend(fontsize="small")
+        for axes in places:  # a place without a panel
+            axes.remove()
         with written(Path(folder) / "loss.png") as file:
             figure.savefig(file, format="png")
 

@@ -30,11 +30,13 @@ FOR_PICTURES = set("size classes multipliers blocks attention heads resample fli
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
-def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int, acts=False):
+def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int, acts=False,
+           needs=""):
     """A field of a script's Config that is a flag too.
 
     use: the actions that read it; given without one of these, it is an error. low, high: bounds that are allowed; above: one that
     is not. part: of a tuple given as a,b,c; Path: any number of files. acts: given alone, such a flag asks for --sample.
+    needs: the training flags without which it has no effect, for `idle`.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -190,13 +192,31 @@ def _place(c):
     if c.precision == "auto":
         has_bf16 = dict(cuda=torch.cuda.is_bf16_supported, cpu=getattr(torch.cpu, "_is_amx_tile_supported", bool))
         c.precision = "bf16" if has_bf16.get(name, bool)() else "fp32"
+    _resolve(c)
+
+
+def _resolve(c):
+    """Set c.precision to fp32 where bf16 does not resolve what counts: x_{t-1}, for a network that predicts its mean, differs little
+    from x_t, and a mode of points is 0.01 wide."""
+    if c.precision == "bf16" and (getattr(c, "predict", "") == "mean" or c.name in POINTS):
+        if "precision" in c.given:
+            stop(f"--precision bf16 is too coarse for {'points' if c.name in POINTS else '--predict mean'}: leave it out")
+        c.precision = "fp32"
+
+
+def idle(c):
+    """Raise ValueError for a training flag that was given and does nothing, because one that it needs is off: empty, or its least."""
+    for name in sorted(c.given & c.train_fields.keys()):
+        for need in c.train_fields[name]["needs"].split():
+            value = getattr(c, need)
+            if value == () or value == c.train_fields[need]["low"]:
+                flag, need = (f"--{n.replace('_', '-')}" for n in (name, need))
+                raise ValueError(f"{flag} does nothing with {need} {_text(value)}: leave it out")
 
 
 def autocast(c):
-    """The context for a forward pass: bf16 mixed precision where c.precision says so, but fp32 where bf16 does not resolve what
-    counts: for a network that predicts the mean (x_{t-1} and x_t differ by little), and for points (a mode is 0.01 wide)."""
-    fine = getattr(c, "predict", "") == "mean" or getattr(c, "name", "") in POINTS
-    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16" and not fine)
+    """The context for a forward pass: bf16 mixed precision where c.precision says so."""
+    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
 
 # ----------------------------------------------------------------------------------------------------- random draws
@@ -397,6 +417,7 @@ def trained(c, methods=None):
     c.data = c.data if "data" in c.given else saved["source"]
     shape, c.name, c.classes = saved["data"]["shape"], saved["data"]["data"], tuple(saved["data"]["classes"])
     c.size = shape[-1] if len(shape) == 3 else 0
+    _resolve(c)
     c.sheet = c.sheet or (64 if len(shape) == 3 or c.out.endswith(".gif") else 1000)  # few points show no shape
     return saved, c
 
@@ -474,6 +495,7 @@ class Run:
         bar = tqdm(desc=str(self.c.run), total=self.c.iters, initial=self.step, disable=rank() != 0,
                    mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True,
                    bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
+        lines = [bar]  # on a terminal two, where one is too short for all the numbers
         try:
             while not (done or interrupted):
                 self.step += 1
@@ -483,7 +505,13 @@ class Run:
                 if logs:
                     rate = (self.step - first) / max(self.seconds - before, 1e-9)
                     left = tqdm.format_interval(max(0, min((self.c.iters - self.step) / rate, self.limit - self.seconds)))
-                    bar.set_postfix_str(f"{left} left, {rate * self.c.batch:.0f} images/s, {self._flush()}", refresh=False)
+                    where, numbers = f"{left} left, {rate * self.c.batch:.0f} images/s", self._flush()
+                    if len(numbers) > 40 and sys.stderr.isatty() and not bar.disable:
+                        if len(lines) == 1:
+                            lines.append(tqdm(bar_format="{desc}", position=1, dynamic_ncols=True))
+                        lines[1].set_description_str(numbers)
+                        numbers = ""
+                    bar.set_postfix_str(f"{where}, {numbers}".removesuffix(", "), refresh=False)
                 bar.update()
                 if logs or self.step >= self.c.iters or world() == 1:  # several processes stop at the same update
                     done, interrupted = self._agree(self._finished(), self.interrupted)
@@ -492,11 +520,13 @@ class Run:
                     self.save()
                     saved_at = self.seconds
         except FloatingPointError as what:
-            bar.close()
+            for line in lines:
+                line.close()
             kept = f"; {self.path} holds the last good state" if self.path.exists() else ""
             stop(f"{what} is not finite{kept}. A smaller --lr usually helps, or --precision fp32")
         finally:
-            bar.close()
+            for line in lines:
+                line.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
         if interrupted:
@@ -544,7 +574,8 @@ class Run:
         self.window = []
         means = iter(means)
         self.last = {n: [next(means) for _ in columns] for n, columns in self.columns.items()}
-        return ", ".join(f"{n} {v[0]:.4f}" if len(v) == 1 else f"{n} " + " ".join(f"{x:.2f}" for x in v) for n, v in self.last.items())
+        return ", ".join(f"{n} {v[0]:.4f}" if len(v) == 1 else f"{n} " + " ".join(f"{x:.2f}".removeprefix("0") for x in v)
+                         for n, v in self.last.items())
 
     def warn(self, message):
         """Say it above the bar, on stderr; None is nothing to say. run.last, {name: [means]}, is the row written last, {} before."""

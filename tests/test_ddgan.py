@@ -210,6 +210,24 @@ def test_a_plain_gan_has_rates_of_its_own_where_the_recipe_has_none(flags, want,
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def test_one_shot_prediction_and_renoising_have_least_squares_only_where_they_teach(monkeypatch):
+    """With --fake direct G makes x_s, which is mostly noise: its least squares would forbid the noise."""
+    for flags, want in (("direct", (0, ())), ("renoise", (2600, (8.0, 0.0, 5.0, 5.0))), ("direct --pretrain 9 --recon 1,0,0,0", (9, (1.0, 0.0, 0.0, 0.0)))):
+        monkeypatch.setattr("sys.argv", ["ddgan.py", "--train", "--fake", *flags.split()])
+        c = runs.parse("ddgan", ddgan.Config, ddgan.RECIPES, "")
+        ddgan.check(c)
+        assert (c.pretrain, c.recon) == want
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_rates_fall_along_a_cosine_of_their_own_length():
+    for lr, decay, want in ((2e-3, 100, {0: 2e-3, 25: 1.70857127e-3, 50: 1.005e-3, 100: 1e-5, 900: 1e-5}), (2e-3, 0, {0: 2e-3, 9000: 2e-3}),
+                            (5e-6, 100, {0: 5e-6, 50: 5e-6, 200: 5e-6})):
+        for iters in (50, 1000):
+            for step, rate in want.items():
+                assert ddgan.decayed(settings(decay=decay, iters=iters), lr, step) == pytest.approx(rate, rel=1e-6)
+
+
 def test_minibatch_standard_deviation_is_of_four_consecutive_samples():
     torch.manual_seed(0)
     h = torch.randn(8, 3, 2, 2)
@@ -263,7 +281,7 @@ def test_penalty_is_the_squared_gradient_on_real_pairs():
 
 @pytest.mark.parametrize("real,fake,spread,words", [
     ([.9, .6], [.6, .9], [.8, .7], None), ([1, .6], [.9, .9], [.8, .7], None), ([.9, .6], [.6, .9], [.8, .02], "varies at t = 2 "),
-    ([.9, .6], [.6, .9], [.02, .8], None), ([.9, 1], [.6, 1], [.8, .7], "every fake one at t = 2,"), ([1, 1], [1, 1], [.8, .7], "t = 1, 2,")])
+    ([.9, .6], [.6, .9], [.02, .8], None), ([.9, .6], [.6, .9], [.8, .8, .02], "varies at t = 3 "), ([.9, 1], [.6, 1], [.8, .7], "every fake one at t = 2,"), ([1, 1], [1, 1], [.8, .7], "t = 1, 2,")])
 def test_collapse_and_a_discriminator_that_is_sure_are_named(real, fake, spread, words):
-    told = ddgan.trouble(settings(T=2, recon=(8.0, 0.0)), real, fake, spread)  # at t = 1 least squares decide
+    told = ddgan.trouble(settings(T=3, recon=(8.0, 0.0, 0.1)), real, fake, spread)  # at t = 1 least squares decide
     assert told is None if words is None else words in told and "usually helps" in told

@@ -50,3 +50,10 @@ def test_curves_draw_every_column(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,seconds,loss_1,loss_2\n10,1.0,0.5,0.1\n20,2.0,0.25,0.9\n")  # a vector: one panel
     pictures.curves(tmp_path)
     assert Image.open(tmp_path / "loss.png").size[1] == one
+    rows = "".join(f"{i},1,{i % 2},2,3\n" for i in range(1000))  # more than a picture shows: means of four, so a flat line
+    (tmp_path / "metrics.csv").write_text("step,seconds,loss,r1,spread\n" + rows)
+    pictures.curves(tmp_path)
+    many = Image.open(tmp_path / "loss.png").convert("RGB")
+    assert many.size == (1200, 2 * one)
+    blue = (np.asarray(many)[:one, :600] == (31, 119, 180)).all(-1)
+    assert blue.any() and np.ptp(np.nonzero(blue)[0]) <= 2

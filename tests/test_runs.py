@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -125,7 +126,7 @@ def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path, capsys):
         torch.save(dict(method="ddpm", config=config, data=dict(data="digits", shape=[1, 4, 4], classes=["a"]), source="digits", step=1),
                    tmp_path / "c.pt")
         c = SimpleNamespace(checkpoint=str(tmp_path / "c.pt"), method="ddpm", given=set(), name="digits", size=0, classes=(), data="digits",
-                            train_fields=fields, T=7, multipliers=(1,), seed=5, out="", sheet=0, run=tmp_path, lr=0.5)
+                            train_fields=fields, T=7, multipliers=(1,), seed=5, out="", sheet=0, run=tmp_path, lr=0.5, precision="fp32")
         return runs.trained(c)[1]
     c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", lr=9.0, seed=1))
     assert (c.T, c.multipliers, c.out, c.lr, c.seed) == (20, (1, 2), "", 0.5, 5) and (c.size, c.classes) == (4, ("a",))
@@ -232,12 +233,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("changes,dtype", [({}, torch.bfloat16), (dict(precision="fp32"), torch.float32), (dict(predict="mean"), torch.float32),
-                                           (dict(name="gaussians"), torch.float32), (dict(name="swirl", predict="eps"), torch.float32)], ids=str)
-def test_bf16_is_used_where_it_resolves_what_counts(changes, dtype):
-    c = SimpleNamespace(**dict(precision="bf16", device=torch.device("cpu"), predict="v", name="digits") | changes)
+@pytest.mark.parametrize("script,flags,dtype", [
+    ("ddpm", "", torch.bfloat16), ("ddpm", "--precision fp32", torch.float32), ("ddpm", "--predict mean", torch.float32),
+    ("ddgan", "--data gaussians", torch.float32), ("ddim", "--data swirl --predict eps", torch.float32), ("ddgan", "", torch.bfloat16)])
+def test_bf16_is_used_where_it_resolves_what_counts(script, flags, dtype, monkeypatch, capsys):
+    script = __import__(script)
+    monkeypatch.setattr(signal, "signal", lambda *which: None)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr("sys.argv", ["script.py", "--train", "--device", "cpu", *flags.split()])
+    c = runs.parse(script.__name__, script.Config, script.RECIPES, "")
+    assert c.precision == {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]  # what config.json says
     with runs.autocast(c):
         assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
+    if dtype == torch.float32 and "fp32" not in flags:
+        monkeypatch.setattr("sys.argv", [*sys.argv, "--precision", "bf16"])
+        with pytest.raises(SystemExit) as stopped:
+            runs.parse(script.__name__, script.Config, script.RECIPES, "")
+        assert stopped.value.code == 2 and "--precision bf16 is too coarse" in capsys.readouterr().err
 
 
 def test_samples_are_drawn_in_order_and_refused_where_not_finite(capsys):

@@ -1,8 +1,11 @@
 """The scripts as a user runs them: trained for seconds on drawn digits, sampled, resumed after SIGKILL, given wrong input."""
+import contextlib
 import json
 import os
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -82,6 +85,25 @@ def test_a_gan_run_learns_and_tells(place):
     assert abs(rows["loss_d_1"] + rows["loss_d_2"] - 4 * np.log(2)).max() > 0.03  # D is not asleep
     sheet = np.asarray(Image.open(folder / "samples.png"))
     assert sheet.ndim == 2 and len(np.unique(sheet)) > 20
+
+
+def test_a_terminal_of_80_columns_shows_how_often_D_is_right(place):
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(command("ddgan", "--train", "--iters", 40, *SMALL["ddgan"], "--pretrain", 0, "--run", "bar"), cwd=place, stderr=theirs,
+                               stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(ours, 4096):
+            text += part
+    os.close(ours)
+    assert process.wait(60) == 0
+    lines = re.split(r"[\r\n]|\x1b\[A", text.decode())
+    assert max(map(len, lines)) <= 80
+    assert any(re.match(r"real( \.\d\d| 1\.00){4}, fake( \.\d\d| 1\.00){4}, loss_d \d", line) for line in lines), text
+    assert any("left, " in line and "images/s" in line for line in lines), text
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -173,7 +195,7 @@ def test_ddgan_nears_the_spiral_and_takes_labels(place):
 
 
 @pytest.mark.parametrize("flags", ["", "--T 1", "--T 1 --pretrain 2", "--T 8 --z 0 --batch 32", "--fake renoise", "--fake direct",
-                                   "--fake direct --pretrain 10", "--gan-loss bce", "--r1 0", "--T 3 --t-weights 1,2,1 --resample biggan --decay 10",
+                                   "--fake direct --pretrain 10", "--gan-loss bce", "--r1 0", "--decay 10", "--T 3 --t-weights 1,2,1 --resample biggan",
                                    "--precision bf16"])
 def test_every_ablation_of_ddgan_trains_and_samples(place, flags):
     """Twenty updates of the GAN: each flag changes what is logged, but for bce, which is the same function, and bf16, by little."""
@@ -355,6 +377,7 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--train --checkpoint cut.pt", "--checkpoint"), ("--sample --precision fp8", "--precision"), ("--train --size 3", "--size"),
     ("--train --classes eleven", "eleven"), ("--train --data swirl --conditional", "--conditional"),
     ("--sample --n 300 --out many.gif", "256"), ("--train --width 9 --fresh", "odd"), ("--train --multipliers , --fresh", "no level"), ("--evaluate --inception no.pt", "no.pt"), ("--train --data swirl --heads 2", "--heads is for pictures"),
+    ("--train --attention , --heads 2 --fresh", "--heads does nothing with --attention none"),
     ("--train --data gaussians --size 8", "--size is for pictures"), ("--sample --data swirl --out folder", ".npz"),
 ]
 
@@ -366,11 +389,13 @@ WRONG += [("ddgan", *wrong) for wrong in (
     ("--train --t-weights 1,2 --fresh", "numbers for T = 4"), ("--train --t-weights 1,20,1,1 --fresh", "at least 92"),
     ("--train --pretrain-t-weights 1,2 --fresh", "--pretrain-t-weights has 2 numbers"),
     ("--train --recon 1 --fresh", "--recon has 1 numbers"), ("--train --recon 1,x --fresh", "'1,x' is not numbers"), ("--train --recon 0,0,-1,0 --fresh", "--recon"),
-    ("--train --pretrain-z 9 --z 0 --fresh", "--pretrain-z does nothing without a latent"), ("--train --T 1 --pretrain-z 9 --fresh", "--pretrain-z does nothing"), ("--train --fake copy", "--fake"),
+    ("--train --pretrain-z 9 --z 0 --fresh", "--pretrain-z does nothing with --z 0"), ("--train --T 1 --pretrain-z 9 --fresh", "--pretrain-z does nothing"), ("--train --fake copy", "--fake"),
     ("--train --iters 2000 --fresh", "before the GAN begins"), ("--train --pretrain 5 --pretrain-z 9 --fresh", "more than --pretrain 5"),
     ("--train --T 1 --fake renoise --fresh", "--fake does nothing"), ("--train --T 1 --t-weights 3 --fresh", "--t-weights does nothing"),
     ("--train --T 1 --pretrain 9 --pretrain-t-weights 3 --fresh", "--pretrain-t-weights does nothing"),
-    ("--train --r1 0 --r1-every 4 --fresh", "--r1-every does nothing"), ("--train --width-d 9 --fresh", "--width-d"),
+    ("--train --pretrain 0 --batch 32 --fresh", "equal shares of t, --t-weights ''"), ("--train --T 8 --batch 16 --fresh", "give at least 32\n"),
+    ("--train --precision bf16 --data gaussians --fresh", "too coarse for points"),
+    ("--train --r1 0 --r1-every 4 --fresh", "--r1-every does nothing with --r1 0"), ("--train --width-d 9 --fresh", "--width-d"),
     ("--train --width-d 1", "--width-d"), ("--sample --guidance 2", "--guidance"), ("--train --z 20", "z = 10, not 20"), ("--train --z -1", "--z"))]
 
 
