@@ -67,7 +67,8 @@ def curves(folder):
             values = {name: means(name) for name in names}
             for name in names:
                 axes.plot(means("step"), values[name], linewidth=1, label=name.removeprefix(what + "_"))
-            axes.set(xlabel="update", ylabel=what, **(dict(yscale="log") if min(map(min, values.values())) > 0 else {}))
+            least, most = min(map(min, values.values())), max(map(max, values.values()))
+            axes.set(xlabel="update", ylabel=what, **(dict(yscale="log") if 0 < 10 * least < most else {}))
             if len(names) > 1:
                 axes.legend(fontsize="small")
         for axes in places:  # a place without a panel
