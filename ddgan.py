@@ -3,7 +3,7 @@
     python ddgan.py --train                         # digits, drawn on the spot
     python ddgan.py --sample --n 100                # T = 4 network evaluations each
     python ddgan.py --evaluate                      # FCD, precision, recall, ..., modes
-    python ddgan.py --train --data gaussians        # 2-D; with --T 1 the plain GAN beside it
+    python ddgan.py --train --data gaussians        # 2-D; with --T 1 --run DIR the plain GAN beside it
     python ddgan.py --train --data cifar10          # the paper's recipe, for a GPU
 
 Digits on two cores of a Xeon without a GPU: 14 minutes of training, FCD 0.89 to 1.00 (floor 0.16), recall 0.94 to 0.95, three runs. The
