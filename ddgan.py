@@ -70,7 +70,7 @@ class Config:
 
 GAN_ALONE = dict(pretrain=0, t_weights=(), recon=())  # as the paper trains: no least squares, each t as often
 PAPER = GAN_ALONE | dict(resample="biggan", multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), r1_every=10, flip=True,
-                         width_d=128)  # appendix C, but that D, which begins at half resolution, is of ours
+                         width_d=128)  # appendix C, but for D, which is ours and begins at half resolution
 RECIPES = {  # what differs from Config, by data set; `pictures` is any path
     **dict.fromkeys(("digits", "stacked"), dict(width=32, attention=(), decay=7_000, iters=7_000, minutes=14)),
     **dict.fromkeys(("swirl", "gaussians"), GAN_ALONE | dict(
@@ -295,8 +295,8 @@ def check(c):
     with runs.inputs():
         if c.steps not in (0, c.T):
             raise ValueError(f"--steps {c.steps}: this model has T = {c.T} and takes each step once; leave --steps out")
-        for those, changes in ((c.T == 1, PLAIN), (c.fake == "direct", DIRECT)):
-            if those:
+        for applies, changes in ((c.T == 1, PLAIN), (c.fake == "direct", DIRECT)):
+            if applies:
                 vars(c).update({k: v for k, v in changes.items() if k not in c.given and getattr(c, k) == getattr(Config, k)})
         runs.idle(c)
         if c.train and c.batch % (4 * runs.world()):
