@@ -1,11 +1,14 @@
-"""Every data set: drawn, fetched, or from a folder or archive of pictures; as uint8, memory-mapped, gathered by index.
+"""Every data set: drawn, fetched, or from a folder or archive of pictures.
 
-    train = load("digits")                                       # 18,000 drawn digits, 16 x 16
-    test = load("photos.zip", size=64, split="test")             # the split of that name, or a held-out tenth
-    x0, label = train.batch(torch.tensor([3, 1, 4]), "cpu")      # (3, C, H, W) in [-1, 1], (3,)
+    train = load("digits")                                   # 18,000 drawn digits, 16 x 16
+    test = load("photos.zip", size=64, split="test")         # that split, or a held-out tenth
+    x0, label = train.batch(torch.tensor([3, 1, 4]), "cpu")  # (3, C, H, W) in [-1, 1], (3,)
 
-Pictures are read once, cropped, resized and written to <root>/cached, sorted by split and class: each is then a slice of one
-memory-mapped array, and a set larger than memory works. A source whose size or time has changed is read again.
+Pictures are uint8, memory-mapped, gathered by index. They are read once, cropped, resized and
+written to <root>/cached, sorted by split and class: each is then a slice of one memory-mapped
+array, and a set larger than memory works. A source whose size or time has changed is read again.
+
+It knows no flags, no runs and no networks.
 """
 import contextlib
 import dataclasses
@@ -27,9 +30,14 @@ import torch
 
 VERSION = 1  # of the cache's format and of the drawing: raise it when either changes
 LARGEST = 1 << 28  # bytes of one file in an archive; a larger one is not read
-FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO TGA".split()  # Pillow's others are rare, or programs (EPS)
+# Pillow's others are rare, or programs (EPS)
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO TGA".split()
 
-# 25 Gaussians: a 5 x 5 grid of spacing 2 and sigma 0.05 divided by 4.5, so that all of it lies in [-1, 1]
+NAMED = ("digits", "stacked", "swirl", "gaussians", "mnist", "fashion-mnist", "cifar10")
+POINTS = ("swirl", "gaussians")  # the others are pictures
+
+# 25 Gaussians: a 5 x 5 grid of spacing 2 and sigma 0.05 divided by 4.5, so that all of it lies in
+# [-1, 1]
 GAUSSIANS_MEANS = torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2)) / 4.5
 GAUSSIANS_SIGMA = 0.05 / 4.5
 
@@ -38,26 +46,41 @@ FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-bo
 CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
 BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
-# file -> digest of the download, or of what is in it: md5 or sha256 by length. Addresses are tried in turn.
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-OTHERS_LABELS = {"mnist": b"\x09\0\0\3\0\2\7\2", "fashion-mnist": b"\5\0\4\1\x09\2\1\3"}  # how the other's begin
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+       "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# how the labels of the other of the two begin
+OTHERS_LABELS = {"mnist": b"\x09\0\0\3\0\2\7\2", "fashion-mnist": b"\5\0\4\1\x09\2\1\3"}
+
+# name -> addresses, tried in turn; file -> digest, md5 or sha256 by length; and whether that is the
+# digest of the download (packed) or of what is in it (unpacked).
 SOURCES = {
-    "mnist": (("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-              dict(zip(IDX, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
-                             "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"))), "unpacked"),
-    "fashion-mnist": (("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                       "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"),
-                      dict(zip(IDX, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-                                     "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))), "packed"),
-    "cifar10": (("https://www.cs.toronto.edu/~kriz/", "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
-                 "https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/"),
-                {"cifar-10-binary": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}, "packed"),
+    "mnist": (
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+         "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        dict(zip(IDX, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
+                       "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"))),
+        "unpacked"),
+    "fashion-mnist": (
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"),
+        dict(zip(IDX, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                       "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
+        "packed"),
+    "cifar10": (
+        ("https://www.cs.toronto.edu/~kriz/",
+         "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
+         "https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/"),
+        {"cifar-10-binary": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+        "packed"),
 }
 
 
 @dataclasses.dataclass
 class Dataset:
-    """Pictures, images uint8 (N, C, H, W), or points float32 (N, 2); labels int64 (N,) in 0..len(classes)-1, -1 for none."""
+    """Pictures, images uint8 (N, C, H, W), or points float32 (N, 2).
+
+    labels are int64 (N,) in 0..len(classes)-1, -1 for none.
+    """
     name: str
     images: torch.Tensor | None
     points: torch.Tensor | None
@@ -69,7 +92,10 @@ class Dataset:
         return len(self.labels)
 
     def batch(self, index, device="cpu", flip=None):
-        """x0 float32 in [-1, 1] and labels, on the device, of index (B,) int64; flip (B,) bool mirrors those pictures."""
+        """x0 float32 in [-1, 1] and labels, on the device, of index (B,) int64.
+
+        flip (B,) bool mirrors those pictures.
+        """
         label = self.labels[index].to(device)
         if self.images is None:
             return self.points[index].to(device), label
@@ -80,80 +106,112 @@ class Dataset:
 
 
 def load(name, root="data", size=None, classes=None, split="train", seed=0):
-    """The data set of that name (digits, stacked, swirl, gaussians, mnist, fashion-mnist, cifar10) or path.
+    """The data set of that name, one of NAMED, or of that path.
 
-    root: where named sets are kept, fetched to and cached; size: side in pixels, default the data's own (digits 16; mnist 32; a
-    path: the pictures' own if all are equal, otherwise 64); classes: names to keep, default all; split: train or test, where a
-    source without one holds out a tenth by a fixed seed. seed: of drawn data. ValueError or OSError of one line for wrong input.
+    root: where named sets are kept, fetched to and cached; size: side in pixels, default the data's
+    own (digits 16; mnist 32; a path: the pictures' own if all are equal, otherwise 64); classes:
+    names to keep, default all; split: train or test, where a source without one holds out a tenth
+    by a fixed seed. seed: of drawn data. ValueError or OSError of one line for wrong input.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: train or test")
     if size is not None and size < 4:
         raise ValueError(f"--size {size} is too small: at least 4")
-    if name in ("swirl", "gaussians"):
+    if name in POINTS:
         if size or classes:
             raise ValueError(f"--size and --classes are for pictures, and {name} has points")
         points = _points(name, split, seed)
         return Dataset(name, None, points, torch.full((len(points),), -1), [], (2,))
     images, labels, splits, names = _source(name, Path(root), size, seed)
-    if unknown := [c for c in classes or () if c not in names]:
-        raise ValueError(f"--classes {unknown[0]}: {name} has no such class, but {', '.join(names[:20]) or 'no classes at all'}")
-    kept = {c: i for i, c in enumerate(c for c in names if classes is None or c in classes)}
-    labels = torch.tensor([kept.get(c, -1) for c in names] + [-1])[labels]  # among the kept; the last is for no label
-    rows = ((splits == (split == "test")) & ((labels >= 0) | (classes is None))).nonzero()[:, 0]
+    unknown = [c for c in classes or () if c not in names]
+    if unknown:
+        there = ", ".join(names[:20]) or "no classes at all"
+        raise ValueError(f"--classes {unknown[0]}: {name} has no such class, but {there}")
+    kept = [c for c in names if classes is None or c in classes]
+    place = {c: i for i, c in enumerate(kept)}
+    # labels among the kept; the last is for no label
+    labels = torch.tensor([place.get(c, -1) for c in names] + [-1])[labels]
+    of_split = splits == (split == "test")
+    of_classes = (labels >= 0) | (classes is None)
+    rows = (of_split & of_classes).nonzero()[:, 0]
     if not len(rows):
-        raise ValueError(f"{name} has no pictures to {split} with" + (f" of {', '.join(classes)}" if classes else ""))
+        wanted = f" of {', '.join(classes)}" if classes else ""
+        raise ValueError(f"{name} has no pictures to {split} with{wanted}")
     first, last = int(rows[0]), int(rows[-1])
-    part = images[first:last + 1] if last - first + 1 == len(rows) else images[rows]  # copied only where classes do not touch
-    return Dataset(name, part, None, labels[rows], list(kept), tuple(images.shape[1:]))
+    if last - first + 1 == len(rows):
+        part = images[first:last + 1]
+    else:
+        part = images[rows]  # a copy, only where classes do not touch
+    return Dataset(name, part, None, labels[rows], kept, tuple(images.shape[1:]))
 
 
 def _source(name, root, size, seed):
     """Cached (images, labels, splits, names) of the pictures of that name or path."""
-    drawn, path = (size or 16, seed), Path(name).resolve()
+    drawn = (size or 16, seed)
+    path = Path(name).resolve()
     if name == "digits":
         return _cached(root, name, drawn, lambda _: (*_draw_digits(*drawn), None, DIGITS))
     if name == "stacked":
-        return _cached(root, name, drawn, lambda _: _stack(*_source("digits", root, *drawn)[:3], seed))
+        return _cached(root, name, drawn,
+                       lambda _: _stack(*_source("digits", root, *drawn)[:3], seed))
+
+    archives = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
     if name in SOURCES:
-        files, base, title, key = _files(name, root), root, name, (size,)
+        files = _files(name, root)
+        base, title, key = root, name, (size,)
     elif not path.exists():
-        raise ValueError(f"--data {path}: no such file or folder, nor digits, stacked, swirl, gaussians, " + ", ".join(SOURCES))
-    elif path.is_file() and not path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")):
+        raise ValueError(f"--data {path}: no such file or folder, nor {', '.join(NAMED)}")
+    elif path.is_file() and not path.name.lower().endswith(archives):
         raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
-    else:  # of a folder the pictures alone: the cache itself may lie in it
-        files = [path / f for f, *_ in _walk(path) if _parts(f)] if path.is_dir() else [path]
+    else:
+        files = [path]
+        if path.is_dir():  # the pictures alone: the cache itself may lie in it
+            files = [path / f for f, *_ in _walk(path) if _parts(f)]
         base, title, key = path, path.name.split(".")[0], (str(path), size)
-    stamp = [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    stamp = [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns)
+             for f in files if f.exists()]
+
+    def make(folder):
+        if name in SOURCES:
+            return _read_official(name, files, size)
+        return _read_path(path, folder, size)
+
     try:
-        return _cached(root, title, (*key, stamp), lambda folder: _read_official(name, files, size) if name in SOURCES else
-                       _read_path(path, folder, size))
+        return _cached(root, title, (*key, stamp), make)
     except (OSError, ValueError):
         raise
     except Exception as fault:  # tarfile and zipfile raise many things
-        raise ValueError(f"--data {name}: {files[0]} is damaged ({fault}): replace it, or delete it if it was fetched") from None
+        raise ValueError(f"--data {name}: {files[0]} is damaged ({fault}): replace it, or delete "
+                         "it if it was fetched") from None
 
 
 def _cached(root, name, key, make):
-    """(images, labels, splits, names) of the folder <root>/cached/<name>-<hash of key>, first made where it is missing.
+    """(images, labels, splits, names) of the folder <root>/cached/<name>-<hash of key>.
 
-    make(folder) returns images uint8 (N, C, H, W), labels (-1: none), splits (1: test; None: hold out a tenth) and names. All is
-    written to that temporary folder first and then moved to its place: two that make one set at once do not disturb each other.
+    It is first made where it is missing. make(folder) returns images uint8 (N, C, H, W), labels
+    (-1: none), splits (1: test; None: hold out a tenth) and names. All is written to that temporary
+    folder first and then moved to its place: two that make one set at once do not disturb each
+    other.
     """
     import numpy as np
-    folder = root / "cached" / f"{name}-{hashlib.sha256(repr((VERSION, key)).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(repr((VERSION, key)).encode()).hexdigest()
+    folder = root / "cached" / f"{name}-{digest[:16]}"
     if not (folder / "classes.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent,
+                                         ignore_cleanup_errors=True) as temporary:
             new = Path(temporary, folder.name)
             new.mkdir()
             images, labels, splits, names = make(Path(temporary))
             if splits is None:
                 n = len(labels)
-                splits = np.isin(range(n), np.random.default_rng(0).permutation(n)[:n // 10 or int(n > 1)])
+                held_out = np.random.default_rng(0).permutation(n)[:n // 10 or int(n > 1)]
+                splits = np.isin(range(n), held_out)
             order = np.lexsort((labels, splits))
-            with open(new / "images.npy", "wb") as out:  # written, not mapped: a full disk is then an error, not a crash
-                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=images.shape))
+            # written, not mapped: a full disk is then an error, not a crash
+            with open(new / "images.npy", "wb") as out:
+                header = dict(descr="|u1", fortran_order=False, shape=images.shape)
+                np.lib.format.write_array_header_1_0(out, header)
                 out.writelines(images[i].tobytes() for i in order)
             np.save(new / "labels.npy", np.asarray(labels, np.int64)[order])
             np.save(new / "splits.npy", np.asarray(splits, np.uint8)[order])
@@ -161,77 +219,113 @@ def _cached(root, name, key, make):
             del images  # Windows removes no file that is mapped
             with contextlib.suppress(OSError):  # another process was first
                 new.rename(folder)
-    with warnings.catch_warnings(action="ignore"):  # it is read-only: a writable map may not be larger than memory
+    # it is read-only: a writable map may not be larger than memory
+    with warnings.catch_warnings(action="ignore"):
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="r"))
-    labels, splits = (torch.from_numpy(np.load(folder / f"{n}.npy")) for n in ("labels", "splits"))
+    labels = torch.from_numpy(np.load(folder / "labels.npy"))
+    splits = torch.from_numpy(np.load(folder / "splits.npy"))
     return images, labels, splits, json.loads((folder / "classes.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------- drawn
+# ------------------------------------------------------------------------------------------ drawn
 def _draw_digits(size, seed, count=20_000):
-    """Digits of varied place, size, aspect, angle, slant and weight, white on black, uint8 (count, 1, size, size), and labels."""
+    """Digits, white on black, uint8 (count, 1, size, size), and labels.
+
+    They vary in place, size, aspect, angle, slant and weight. Each is drawn k high, put through one
+    affine map, and averaged down.
+    """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
-    k, weights = size * max(1, min(4, 128 // size)), 8  # each is drawn k high, put through one affine map, and averaged down
+    k = size * max(1, min(4, 128 // size))
+    weights = 8
     rng = np.random.default_rng([seed, size])
     font = ImageFont.load_default(size=k)
     glyphs = []
     for digit in DIGITS:
         for w in range(weights):
             glyph = Image.new("L", (2 * k, 2 * k))
-            ImageDraw.Draw(glyph).text((k, k), digit, 255, font=font, anchor="mm", stroke_width=0.04 * k * w / (weights - 1))
+            ImageDraw.Draw(glyph).text((k, k), digit, 255, font=font, anchor="mm",
+                                       stroke_width=0.04 * k * w / (weights - 1))
             glyphs.append(glyph.crop(glyph.getbbox()))
     labels = rng.permutation(np.arange(count) % 10)
     which = labels * weights + rng.integers(weights, size=count)
-    extent = np.array([g.size for g in glyphs], float)[which, :, None]  # (count, 2, 1): width, height
-    angle, slant = np.deg2rad(rng.uniform(-15, 15, count)), rng.uniform(-0.25, 0.25, count)
+    # width and height: (count, 2, 1)
+    extent = np.array([g.size for g in glyphs], float)[which, :, None]
+    angle = np.deg2rad(rng.uniform(-15, 15, count))
+    slant = rng.uniform(-0.25, 0.25, count)
     scale_y = rng.uniform(0.6, 0.9, count) * k / extent[:, 1, 0]
     scale_x = scale_y * rng.uniform(0.8, 1.2, count)
     cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(count)
     turn = np.array([[cos, -sin], [sin, cos]]).transpose(2, 0, 1)
-    to_canvas = turn @ np.array([[scale_x, -slant * scale_y], [zero, scale_y]]).transpose(2, 0, 1)
+    shear = np.array([[scale_x, -slant * scale_y], [zero, scale_y]]).transpose(2, 0, 1)
+    to_canvas = turn @ shear
     half = np.abs(to_canvas) @ extent / 2
     fit = np.minimum(1, k / 2 / half.max(1, keepdims=True))  # never over the edge
     centre = k / 2 + rng.uniform(-1, 1, (count, 2, 1)) * (k / 2 - half * fit)
     to_glyph = np.linalg.inv(to_canvas * fit)
-    affine = np.concatenate([to_glyph, extent / 2 - to_glyph @ centre], 2).reshape(count, 6).tolist()
-    drawn = (glyphs[g].transform((k, k), Image.AFFINE, a, Image.BILINEAR).reduce(k // size) for g, a in zip(which, affine))
-    return np.stack([np.asarray(d) for d in drawn])[:, None], labels
+    affine = np.concatenate([to_glyph, extent / 2 - to_glyph @ centre], 2)
+    drawn = []
+    for g, numbers in zip(which, affine.reshape(count, 6).tolist()):
+        large = glyphs[g].transform((k, k), Image.AFFINE, numbers, Image.BILINEAR)
+        drawn.append(np.asarray(large.reduce(k // size)))
+    return np.stack(drawn)[:, None], labels
 
 
 def _stack(digits, labels, splits, seed):
-    """Images, labels, splits and names of 55,000 stacks of three digits; held-out digits make the last 5,000, held-out stacks."""
+    """Images, labels, splits and names of 55,000 stacks of three digits.
+
+    Held-out digits make the last 5,000, which are the held-out stacks.
+    """
     import numpy as np
-    rng, train, test = np.random.default_rng(seed), np.flatnonzero(splits == 0), np.flatnonzero(splits)
-    rows = np.concatenate([part[rng.integers(len(part), size=(n, 3))] for part, n in ((train, 50_000), (test, 5_000))])
+    rng = np.random.default_rng(seed)
+    train = np.flatnonzero(splits == 0)
+    test = np.flatnonzero(splits)
+    rows = np.concatenate([train[rng.integers(len(train), size=(50_000, 3))],
+                           test[rng.integers(len(test), size=(5_000, 3))]])
+    images = digits.numpy()[rows, 0]
+    numbers = labels.numpy()[rows] @ [100, 10, 1]
     names = [f"{i:03}" for i in range(1000)]
-    return digits.numpy()[rows, 0], labels.numpy()[rows] @ [100, 10, 1], np.arange(len(rows)) >= 50_000, names
+    return images, numbers, np.arange(len(rows)) >= 50_000, names
 
 
 def _points(name, split, seed):
-    """1,024 points of a swirl of one and a half turns, or 20,000 (2,000) of the 25 Gaussians; the test split is another draw."""
+    """1,024 points of a swirl of one and a half turns, or 20,000 of the 25 Gaussians.
+
+    The test split is another draw, of the Gaussians 2,000.
+    """
     g = torch.Generator().manual_seed(2 * seed + (split == "test"))
     if name == "swirl":
         angle = 1.5 * torch.pi * (1 + 2 * torch.rand(1024, generator=g))
         radius = angle / (4.5 * torch.pi) * 0.95
-        points = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + 0.01 * torch.randn(1024, 2, generator=g)
-        return points.clamp(-1, 1)
+        curve = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+        return (curve + 0.01 * torch.randn(1024, 2, generator=g)).clamp(-1, 1)
     n = 2_000 if split == "test" else 20_000
-    return GAUSSIANS_MEANS[torch.randint(25, (n,), generator=g)] + GAUSSIANS_SIGMA * torch.randn(n, 2, generator=g)
+    means = GAUSSIANS_MEANS[torch.randint(25, (n,), generator=g)]
+    return means + GAUSSIANS_SIGMA * torch.randn(n, 2, generator=g)
 
 
-# ------------------------------------------------------------------------------------------------- fetched and official
+# --------------------------------------------------------------------------- fetched and official
 def _files(name, root):
     """The official files of a named set, from root/name or root, fetched if they are in neither."""
-    places, ending, found = [root / name, root], ".tar.gz" if name == "cifar10" else ".gz", []
-    for folder in [*places, *(p / "cifar-10-batches-bin" for p in places)] if name == "cifar10" else ():
-        if (folder / BATCHES[-1]).is_file():
-            return [folder / batch for batch in BATCHES]
-    if any(_content(f)[8:16] == OTHERS_LABELS.get(name) for f in (root / IDX[1], root / f"{IDX[1]}.gz") if f.is_file()):
-        places.pop()  # MNIST and Fashion-MNIST share their files' names: those in root itself are the other's
+    places = [root / name, root]
+    ending = ".gz"
+    if name == "cifar10":
+        ending = ".tar.gz"
+        for folder in (*places, *(place / "cifar-10-batches-bin" for place in places)):
+            if (folder / BATCHES[-1]).is_file():
+                return [folder / batch for batch in BATCHES]
+
+    # MNIST and Fashion-MNIST share their files' names: those in root itself may be the other's
+    others = OTHERS_LABELS.get(name)
+    in_root = (root / IDX[1], root / f"{IDX[1]}.gz")
+    if any(_content(f)[8:16] == others for f in in_root if f.is_file()):
+        places.pop()
+    found = []
     for stem in SOURCES[name][1]:
-        files = [p / way for p in places for way in (stem, stem + ending, stem.replace("-idx", ".idx"))]
-        found.append(next((f for f in files if f.is_file()), None) or _fetch(name, stem, root / name / (stem + ending)))
+        ways = (stem, stem + ending, stem.replace("-idx", ".idx"))
+        files = [place / way for place in places for way in ways]
+        there = next((f for f in files if f.is_file()), None)
+        found.append(there or _fetch(name, stem, root / name / (stem + ending)))
     return found
 
 
@@ -245,133 +339,199 @@ def _content(file):
 
 
 def _fetch(name, stem, file):
-    """Download one file: a temporary name, checked against its digest, then its own name; the next address where one fails."""
+    """Download one file: a temporary name, checked against its digest, then its own name.
+
+    The next address is tried where one fails.
+    """
     from tqdm import tqdm
     addresses, digests, what = SOURCES[name]
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary, faults = file.with_name(f".{os.getpid()}-{file.name}"), []
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
+    faults = []
     for address in addresses:
+        url = address + file.name
         try:
-            with urllib.request.urlopen(address + file.name, timeout=30) as source, open(temporary, "wb") as out:
-                with tqdm.wrapattr(source, "read", source.length, desc=f"fetching {file.name}", leave=False, disable=None) as f:
-                    out.writelines(iter(lambda: f.read(1 << 18), b""))
+            with (urllib.request.urlopen(url, timeout=30) as source,
+                  open(temporary, "wb") as out):
+                with tqdm.wrapattr(source, "read", source.length, desc=f"fetching {file.name}",
+                                   leave=False, disable=None) as counted:
+                    out.writelines(iter(lambda: counted.read(1 << 18), b""))
                 if source.length:  # what is yet to come
                     raise ValueError(f"cut at {out.tell()} of {out.tell() + source.length} bytes")
             content = _content(temporary) if what == "unpacked" else temporary.read_bytes()
-            if hashlib.new("md5" if len(digests[stem]) == 32 else "sha256", content).hexdigest() != digests[stem]:
+            algorithm = "md5" if len(digests[stem]) == 32 else "sha256"
+            if hashlib.new(algorithm, content).hexdigest() != digests[stem]:
                 raise ValueError("its digest is wrong")
             return temporary.replace(file)
         except Exception as fault:
-            faults.append(f"{address + file.name}: {' '.join(str(fault).split())}")  # of one line
+            faults.append(f"{url}: {' '.join(str(fault).split())}")  # of one line
         finally:
             temporary.unlink(missing_ok=True)
-    raise ValueError(f"could not fetch {file.name} ({'; '.join(faults)}): put the file into {file.parent} yourself")
+    raise ValueError(f"could not fetch {file.name} ({'; '.join(faults)}): put the file into "
+                     f"{file.parent} yourself")
 
 
 def _read_official(name, files, size):
-    """Images, labels, splits, names of CIFAR-10's binary archive or the six files in it, or of IDX files, padded to 32 x 32."""
+    """Images, labels, splits, names of CIFAR-10's binary archive or the six files in it, or of IDX.
+
+    Pictures of IDX files are padded to 32 x 32.
+    """
     import numpy as np
     from PIL import Image
     if name == "cifar10":
-        found = _walk(files[0]) if len(files) == 1 else ((f.name, 1, f.read_bytes) for f in files if f.is_file())
-        parts = {n: read() for f, length, read in found if (n := PurePosixPath(f).name) in BATCHES and 0 < length < LARGEST}
+        if len(files) == 1:
+            found = _walk(files[0])
+        else:
+            found = ((f.name, 1, f.read_bytes) for f in files if f.is_file())
+        parts = {}
+        for file, length, read in found:
+            n = PurePosixPath(file).name
+            if n in BATCHES and 0 < length < LARGEST:
+                parts[n] = read()
         for n in BATCHES:
             if not parts.get(n) or len(parts[n]) % 3073 or max(parts[n][::3073]) > 9:
-                raise ValueError(f"{files[0]}: {n} is missing or damaged: delete it to fetch it again")
+                raise ValueError(f"{files[0]}: {n} is missing or damaged: delete it to fetch it "
+                                 "again")
         records = np.frombuffer(b"".join(parts[n] for n in BATCHES), np.uint8).reshape(-1, 3073)
-        images, labels, tests = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], len(parts[BATCHES[-1]]) // 3073
+        images = records[:, 1:].reshape(-1, 3, 32, 32)
+        labels = records[:, 0]
+        tests = len(parts[BATCHES[-1]]) // 3073
     else:
         arrays = []
         for file in files:
-            content, shape = _content(file), (28, 28) if "images" in file.name else ()
+            content = _content(file)
+            shape = (28, 28) if "images" in file.name else ()
             start = 8 + 4 * len(shape)
             n, rest = divmod(len(content) - start, int(np.prod(shape)))
-            if n < 1 or rest or content[:start] != np.array([0x801 + len(shape), n, *shape], ">u4").tobytes():
-                raise ValueError(f"{file} is not an IDX file of 28 x 28 pictures or their labels: delete it to fetch it again")
+            magic = 0x801 + len(shape)
+            if (n < 1 or rest
+                    or content[:start] != np.array([magic, n, *shape], ">u4").tobytes()):
+                raise ValueError(f"{file} is not an IDX file of 28 x 28 pictures or their labels: "
+                                 "delete it to fetch it again")
             arrays.append(np.frombuffer(content, np.uint8, offset=start).reshape(n, *shape))
-        images, labels, tests = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2]), len(arrays[3])
+        images = np.concatenate(arrays[::2])
+        labels = np.concatenate(arrays[1::2])
+        tests = len(arrays[3])
         if len(images) != len(labels) or len(arrays[2]) != tests or labels.max() > 9:
-            raise ValueError(f"{files[0].parent}: images and labels do not belong together: delete them to fetch them again")
+            raise ValueError(f"{files[0].parent}: images and labels do not belong together: delete "
+                             "them to fetch them again")
         images = np.pad(images[:, None], ((0, 0), (0, 0), (2, 2), (2, 2)))
     if size and size != 32:
         print(f"resizing {name} to {size} x {size}", file=sys.stderr)
-        images = np.stack([_pixels(Image.fromarray(i.transpose(1, 2, 0).squeeze()), size, len(i) == 1) for i in images])
+        pictures = (Image.fromarray(i.transpose(1, 2, 0).squeeze()) for i in images)
+        images = np.stack([_pixels(picture, size, images.shape[1] == 1) for picture in pictures])
     splits = np.arange(len(labels)) >= len(labels) - tests
     return images, labels, splits, dict(mnist=DIGITS, cifar10=CIFAR).get(name, FASHION)
 
 
-# ------------------------------------------------------------------------------------------- folders and archives
+# -------------------------------------------------------------------------- folders and archives
 def _walk(path):
-    """(name, size, read function) of every file of a folder or archive; to be read at once: nothing is unpacked to disk."""
+    """(name, size, read function) of every file of a folder or archive.
+
+    Each is to be read at once: nothing is unpacked to disk.
+    """
     if path.is_dir():
         seen = set()  # linked folders are followed, each once: links may make a ring
         for folder, inner, files in os.walk(path, followlinks=True):
-            new = os.path.realpath(folder) not in seen
-            seen.add(os.path.realpath(folder))
-            inner[:] = sorted(inner) if new else []
-            for file in (Path(folder, f) for f in sorted(files) if new):
-                yield file.relative_to(path).as_posix(), file.stat().st_size if file.exists() else 0, file.read_bytes
+            real = os.path.realpath(folder)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            inner.sort()
+            for name in sorted(files):
+                file = Path(folder, name)
+                size = file.stat().st_size if file.exists() else 0
+                yield file.relative_to(path).as_posix(), size, file.read_bytes
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
-            for info in (i for i in archive.infolist() if not i.is_dir()):
-                yield info.filename, info.file_size, lambda: archive.read(info)
+            for info in archive.infolist():
+                if not info.is_dir():
+                    yield info.filename, info.file_size, lambda: archive.read(info)
     else:
         with tarfile.open(path, "r|*") as archive:
-            for member in (m for m in archive if not m.isdir()):  # of links, which have no size, nothing is read
-                yield member.name, member.size if member.isfile() else 0, lambda: archive.extractfile(member).read()
-            # tarfile stops at a damaged or missing header too: the end is a block of zeros, and zeros or nothing after it
-            if archive.fileobj.tell() < archive.offset + 512 or archive.fileobj.read(512).strip(b"\0"):
+            for member in archive:
+                if not member.isdir():
+                    # of links, which have no size, nothing is read
+                    size = member.size if member.isfile() else 0
+                    yield member.name, size, lambda: archive.extractfile(member).read()
+            # tarfile stops at a damaged or missing header too: the end is a block of zeros, and
+            # zeros or nothing after it
+            file = archive.fileobj
+            if file.tell() < archive.offset + 512 or file.read(512).strip(b"\0"):
                 raise tarfile.ReadError("a header is damaged or missing")
 
 
 def _parts(name):
-    """The folders and the name of a picture file; nothing where the ending is no picture's or one of them is hidden."""
+    """The folders and the name of a picture file.
+
+    Nothing where the ending is no picture's or one of them is hidden.
+    """
     from PIL import Image
     parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
-    hidden = any(p.startswith((".", "__MACOSX")) for p in parts)
-    return [] if hidden or Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) not in FORMATS else parts
+    if any(p.startswith((".", "__MACOSX")) for p in parts):
+        return []
+    ending = PurePosixPath(name).suffix.lower()
+    return parts if Image.registered_extensions().get(ending) in FORMATS else []
 
 
 def _open(file):
     from PIL import Image
     Image.init()
-    return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])  # whatever its name says
+    formats = [f for f in FORMATS if f in Image.OPEN]
+    return Image.open(file, formats=formats)  # whatever its name says
 
 
 def _pictures(path, text):
-    """(parts of the name, opened PIL picture or None where it cannot be read) of every picture file."""
+    """(parts of the name, opened PIL picture) of every picture file.
+
+    The picture is None where it cannot be read.
+    """
     from PIL import Image
     from tqdm import tqdm
     with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        for name, size, read in tqdm(_walk(path), desc=text, unit=" files", leave=False, disable=None):
-            if parts := _parts(name):
-                try:
-                    picture = _open(io.BytesIO(read())) if 0 < size < LARGEST else None
-                except Exception:  # damaged files raise anything
-                    picture = None
-                yield parts, picture
+        files = tqdm(_walk(path), desc=text, unit=" files", leave=False, disable=None)
+        for name, size, read in files:
+            parts = _parts(name)
+            if not parts:
+                continue
+            try:
+                picture = _open(io.BytesIO(read())) if 0 < size < LARGEST else None
+            except Exception:  # damaged files raise anything
+                picture = None
+            yield parts, picture
 
 
 def _pixels(picture, size, grey):
-    """A PIL picture of any mode as uint8 (C, size, size): upright, over white where transparent, its centre square, resized."""
+    """A PIL picture of any mode as uint8 (C, size, size).
+
+    It is turned upright, laid over white where transparent, and its centre square is resized.
+    """
     import numpy as np
     from PIL import Image, ImageOps
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits or more to 8
         values = np.asarray(picture).astype(np.float64)
-        scale = 1 / 257 if picture.mode != "F" else 255 if values.max() <= 1 else 1
+        scale = 1 / 257
+        if picture.mode == "F":
+            scale = 255 if values.max() <= 1 else 1
         picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
     picture = picture.convert("L" if grey else "RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.BOX if size < side else Image.BICUBIC)
+    picture = picture.crop((left, top, left + side, top + side))
+    picture = picture.resize((size, size), Image.BOX if size < side else Image.BICUBIC)
     return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
 
 
 def _read_path(path, folder, size):
-    """Read the source twice: the headers, to settle size and channels, and then the pixels, straight into a file in folder."""
+    """Read the source twice: the headers, to settle size and channels, and then the pixels.
+
+    These go straight into a file in folder.
+    """
     import numpy as np
     heads = {(*p.size, p.mode) for _, p in _pictures(path, f"looking through {path.name}") if p}
     grey = all(mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") for *_, mode in heads)
@@ -392,26 +552,33 @@ def _read_path(path, folder, size):
     if not rows:
         raise ValueError(f"--data {path}: no picture in it can be read")
     if unread:
-        print(f"{len(unread)} unreadable pictures left out, the first is {unread[0]}", file=sys.stderr)
+        print(f"{len(unread)} unreadable pictures left out, the first is {unread[0]}",
+              file=sys.stderr)
 
-    while len({p[0] for p in rows}) == 1 and rows[0][0] not in ("train", "test") and (
-            all(len(p) > 2 for p in rows) or any(len(p) > 2 and p[1] in ("train", "test") for p in rows)):
-        rows = [p[1:] for p in rows]  # a folder around it all
+    # a folder around it all is taken off
+    while len({p[0] for p in rows}) == 1 and rows[0][0] not in ("train", "test"):
+        deeper = [p for p in rows if len(p) > 2]
+        if len(deeper) < len(rows) and not any(p[1] in ("train", "test") for p in deeper):
+            break
+        rows = [p[1:] for p in rows]
     tops = [p[0] if len(p) > 1 and p[0] in ("train", "test") else "" for p in rows]
     own = [p[-2] if len(p) > 1 + bool(top) else "" for p, top in zip(rows, tops)]
-    number = {c: i for i, c in enumerate(sorted({*own} - {""}))}
-    images = np.memmap(folder / "raw", np.uint8, "r", shape=(len(rows), 1 if grey else 3, size, size))
+    names = sorted({*own} - {""})
+    number = {c: i for i, c in enumerate(names)}
+    shape = (len(rows), 1 if grey else 3, size, size)
+    images = np.memmap(folder / "raw", np.uint8, "r", shape=shape)
     splits = [top == "test" for top in tops] if "test" in tops else None
-    return images, [number.get(c, -1) for c in own], splits, list(number)
+    return images, [number.get(c, -1) for c in own], splits, names
 
 
 def read_pictures(paths, shape):
-    """Picture files as (N, C, H, W) in [-1, 1], cropped and resized to shape (C, H, H) as a data set's are."""
+    """Picture files as (N, C, H, W) in [-1, 1], made shape (C, H, H) as a data set's are."""
     pictures = []
     for path in paths:
         try:
             with _open(path) as picture:
-                pictures.append(torch.from_numpy(_pixels(picture, shape[-1], shape[0] == 1).copy()))
+                pixels = _pixels(picture, shape[-1], shape[0] == 1)
+                pictures.append(torch.from_numpy(pixels.copy()))
         except Exception:  # as above
             raise ValueError(f"{path} is not a picture that can be read") from None
     return torch.stack(pictures).float().div(127.5).sub(1)

@@ -3,13 +3,17 @@
     result = evaluate(samples, "digits")        # uint8 (N, C, H, W), or float32 points (N, 2)
     print(report(result))
 
-FCD is the Frechet distance in the features of a small classifier that is trained here, once, on all classes
-of the same data, and kept under the data root. It is no FID, and means nothing across data sets or
-classifiers: read it against its floor, which as many real held-out pictures get against the same reference.
+FCD is the Frechet distance in the features of a small classifier that is trained here, once, on all
+classes of the same data, and kept under the data root. It is no FID, and means nothing across data
+sets or classifiers: read it against its floor, which as many real held-out pictures get against the
+same reference.
 
-Frechet distance and FID: Heusel 2017 (1706.08500). IS: Salimans 2016 (1606.03498). Precision, recall:
-Kynkaanniemi 2019 (1904.06991). Density, coverage: Naeem 2020 (2002.09797). Modes: Metz 2016 (1611.02163).
-Sliced Wasserstein: Bonneel 2015. Rotations: Gidaris 2018 (1803.07728). All statistics are float64.
+Frechet distance and FID: Heusel 2017 (1706.08500). IS: Salimans 2016 (1606.03498). Precision,
+recall: Kynkaanniemi 2019 (1904.06991). Density, coverage: Naeem 2020 (2002.09797). Modes: Metz 2016
+(1611.02163). Sliced Wasserstein: Bonneel 2015. Rotations: Gidaris 2018 (1803.07728). All statistics
+are float64.
+
+It knows no method, only samples.
 """
 import hashlib
 import json
@@ -23,25 +27,33 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data
+from common.files import inputs, written
 from common.pictures import to_uint8
-from common.runs import inputs, written
 
-REFERENCE = 20_000      # training pictures or points that samples are compared with, at most
-NEIGHBOURS = 10_000     # samples that precision, recall, density and coverage look at, at most
+REFERENCE = 20_000  # training pictures or points that samples are compared with, at most
+NEIGHBOURS = 10_000  # samples that precision, recall, density and coverage look at, at most
 UPDATES = {1: 600, 3: 3000}  # of the classifier, by the pictures' channels
-RECIPE = "classifier 1"  # part of the cache's key: to be changed with whatever changes the classifier
+# part of the cache's key: to be changed with whatever changes the classifier
+RECIPE = "classifier 1"
 
 
-# --------------------------------------------------------------------------------- distances between two sets
-
+# ---------------------------------------------------------------------- distances between two sets
 def moments(features):
-    """Mean (D,) and covariance (D, D), float64, of blocks (n_i, D): one pass, one block in memory."""
-    n, shift, first, second = 0, None, 0.0, 0.0
+    """Mean (D,) and covariance (D, D), float64, of blocks (n_i, D).
+
+    It takes one pass, with one block in memory.
+    """
+    n = 0
+    first = second = 0.0  # sums of x - shift and of its outer products
+    shift = None  # near the mean, so that nothing cancels below
     for block in features:
         block = block.double()
-        shift = block.mean(0) if shift is None else shift   # near the mean: nothing cancels below
-        block, n = block - shift, n + len(block)
-        first, second = first + block.sum(0), second + block.T @ block
+        if shift is None:
+            shift = block.mean(0)
+        block = block - shift
+        n += len(block)
+        first = first + block.sum(0)
+        second = second + block.T @ block
     if n < 2:
         raise ValueError(f"a covariance needs at least 2 samples, not {n}: draw more")
     mean = first / n
@@ -49,10 +61,11 @@ def moments(features):
 
 
 def frechet(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)): squared Frechet distance of two Gaussians.
+    """Squared Frechet distance of two Gaussians.
 
-    mu (D,); cov (D, D) symmetric, positive semi-definite, of any rank. With cov = A A^T the trace of the root
-    is the sum of the singular values of A1^T A2: as accurate for singular covariances as for regular ones.
+    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), of mu (D,) and cov (D, D) symmetric,
+    positive semi-definite, of any rank. With cov = A A^T the trace of the root is the sum of the
+    singular values of A1^T A2: as accurate for singular covariances as for regular ones.
     """
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
         shapes = ", ".join(str(tuple(x.shape)) for x in (mu1, cov1, mu2, cov2))
@@ -60,17 +73,21 @@ def frechet(mu1, cov1, mu2, cov2):
     roots = []
     for cov in (cov1.double(), cov2.double()):
         if not torch.isfinite(cov).all():
-            raise ValueError("a covariance is not finite: there is NaN or infinity among the features")
+            raise ValueError("a covariance is not finite: there is NaN or infinity among the "
+                             "features")
         w, v = torch.linalg.eigh((cov + cov.T) / 2)
-        keep = w > w.max() * len(w) * torch.finfo(w.dtype).eps      # below is rounding, no variance
-        roots.append(v[:, keep] * w[keep].sqrt())                   # A: (D, rank)
-    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()       # 0 for rank 0
+        keep = w > w.max() * len(w) * torch.finfo(w.dtype).eps  # below is rounding, no variance
+        roots.append(v[:, keep] * w[keep].sqrt())  # A: (D, rank)
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()  # 0 for rank 0
     gap = (mu1.double() - mu2.double()).square().sum()
     return max(float(gap + cov1.double().trace() + cov2.double().trace() - 2 * cross), 0.0)
 
 
 def _squared_distances(a, b, rows=1000):
-    """Blocks (start, (n, len(b))) of the squared distances of a's rows to all of b's, `rows` at a time."""
+    """Blocks (start, (n, len(b))) of the squared distances of a's rows to all of b's.
+
+    A block has `rows` rows of a.
+    """
     for i in range(0, len(a), rows):
         part = a[i:i + rows]
         norms = part.square().sum(1, keepdim=True) + b.square().sum(1)
@@ -81,43 +98,52 @@ def _radii(x, k):
     """Squared distance of each row of x (N, D) to its 1st, ..., k-th nearest other row: (N, k)."""
     near = []
     for i, d in _squared_distances(x, x):
-        d[:, i:].fill_diagonal_(math.inf)                           # no row is its own neighbour
+        d[:, i:].fill_diagonal_(math.inf)  # no row is its own neighbour
         near.append(d.topk(k, largest=False).values)
     return torch.cat(near)
 
 
 def neighbours(real, fake):
-    """precision, recall (k = 3), density, coverage (k = 5) of fake (M, D) against real (N, D) -> dict.
+    """precision, recall (k = 3), density, coverage (k = 5) of fake (M, D) against real (N, D).
 
-    A ball reaches from each point to its k-th nearest neighbour in its own set. Precision and recall count
-    points on the rim, as Kynkaanniemi 2019; density and coverage do not, as Naeem 2020's program: equal sets
-    get density 1.
+    Returns a dict. A ball reaches from each point to its k-th nearest neighbour in its own set.
+    Precision and recall count points on the rim, as Kynkaanniemi 2019; density and coverage do not,
+    as Naeem 2020's program: equal sets get density 1.
     """
     if min(len(real), len(fake)) < 6:
-        raise ValueError(f"{len(fake)} samples against {len(real)} real ones are too few: 6 is the least")
-    centre = real.double().mean(0)                              # small numbers: less cancels in the distances
+        raise ValueError(f"{len(fake)} samples against {len(real)} real ones are too few: 6 is the "
+                         "least")
+    centre = real.double().mean(0)  # small numbers: less cancels in the distances
     real, fake = real.double() - centre, fake.double() - centre
-    real_near, fake3 = _radii(real, 5), _radii(fake, 3)[:, 2]
+    real_near = _radii(real, 5)
+    fake3 = _radii(fake, 3)[:, 2]
     precise = torch.zeros(len(fake), dtype=torch.bool)
     recalled = dense = covered = 0
-    for i, d in _squared_distances(real, fake):                     # d: (rows of real, M)
-        real3, real5 = real_near[i:i + len(d), 2, None], real_near[i:i + len(d), 4, None]
+    for i, d in _squared_distances(real, fake):  # d: (rows of real, M)
+        real3 = real_near[i:i + len(d), 2, None]
+        real5 = real_near[i:i + len(d), 4, None]
         precise |= (d <= real3).any(0)
         recalled += int((d <= fake3).any(1).sum())
         dense += int((d < real5).sum())
         covered += int((d < real5).any(1).sum())
-    return {"precision": float(precise.double().mean()), "recall": recalled / len(real),
-            "density": dense / (5 * len(fake)), "coverage": covered / len(real)}
+    return {"precision": float(precise.double().mean()),
+            "recall": recalled / len(real),
+            "density": dense / (5 * len(fake)),
+            "coverage": covered / len(real)}
 
 
 def sliced_wasserstein(x, y, projections=256):
-    """Mean over fixed directions of the exact 1-Wasserstein distance of x (N, D) and y (M, D), projected."""
+    """Mean over fixed directions of the exact 1-Wasserstein distance of x (N, D) and y (M, D).
+
+    It is the distance of the two sets as projected on each direction.
+    """
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(x.shape[1], projections, dtype=torch.float64, generator=generator)
     directions /= directions.norm(dim=0)
-    x, y = ((z.double() @ directions).sort(0).values for z in (x, y))
+    x = (x.double() @ directions).sort(0).values
+    y = (y.double() @ directions).sort(0).values
     n, m = len(x), len(y)
-    # both quantile functions are steps, rising at i/n and j/m: integrate the gap over the steps of both
+    # both quantile functions are steps, rising at i/n and j/m: integrate the gap over all steps
     edges = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
     width = edges.diff(prepend=edges.new_zeros(1)).double() / (n * m)
     gap = x[(edges + m - 1) // m - 1] - y[(edges + n - 1) // n - 1]
@@ -125,50 +151,65 @@ def sliced_wasserstein(x, y, projections=256):
 
 
 def kl(counts, target):
-    """KL(counts / sum || target) in nats: counts (K,); target (K,) positive of sum one, or 1 / K."""
+    """KL(counts / sum || target) in nats: counts (K,); target (K,), positive of sum one, or 1/K."""
     p = counts.double() / counts.sum()
     return float(torch.special.xlogy(p, p / target).sum())
 
 
 def grid_modes(points, centres, sigma):
-    """Modes of a mixture of Gaussians from points (N, 2), centres (K, 2) and their sigma -> dict of floats.
+    """Modes of a mixture of Gaussians from points (N, 2), centres (K, 2) and their sigma.
 
-    within: share of points at most 3 sigma from a centre. modes: centres with at least 20 such points for
-    each 10,000 drawn, and at least one. spread: the standard deviation of these points about the mean of
-    their mode, in sigma: 0.97 for the mixture itself, whose tails are cut. kl: all points, each counted for
-    its nearest centre, to the uniform distribution.
+    Returns a dict of floats. within: share of points at most 3 sigma from a centre. modes: centres
+    with at least 20 such points for each 10,000 drawn, and at least one. spread: the standard
+    deviation of these points about the mean of their mode, in sigma: 0.97 for the mixture itself,
+    whose tails are cut. kl: all points, each counted for its nearest centre, to the uniform
+    distribution.
     """
-    points, k = points.double(), len(centres)
+    points = points.double()
+    k = len(centres)
     distance, nearest = torch.cdist(points, centres.double()).min(1)
     within = distance <= 3 * sigma
     near, mode = points[within], nearest[within]
     count = mode.bincount(minlength=k)
-    mean = torch.zeros(k, 2, dtype=torch.float64).index_add(0, mode, near) / count.clamp(min=1)[:, None]
+    total = torch.zeros(k, 2, dtype=torch.float64).index_add(0, mode, near)
+    mean = total / count.clamp(min=1)[:, None]
     spread = (near - mean[mode]).square().sum().div(2 * max(1, len(near))).sqrt() / sigma
-    return {"modes": float((count >= max(1.0, len(points) * 20 / 10_000)).sum()), "modes_of": float(k),
-            "within": float(within.double().mean()), "spread": float(spread), "kl": kl(nearest.bincount(minlength=k), 1 / k)}
+    enough = max(1.0, len(points) * 20 / 10_000)
+    return {"modes": float((count >= enough).sum()),
+            "modes_of": float(k),
+            "within": float(within.double().mean()),
+            "spread": float(spread),
+            "kl": kl(nearest.bincount(minlength=k), 1 / k)}
 
 
 def inception_score(probabilities, block=5000):
-    """exp of the mean of KL(p(y|x) || p(y)), p (N, K): its mean over equal blocks of at most 5,000."""
-    xlogx, scores = lambda p: torch.special.xlogy(p, p).sum(-1), []
+    """exp of the mean of KL(p(y|x) || p(y)), p (N, K).
+
+    It is taken over equal blocks of at most 5,000, and the mean of these returned.
+    """
+    def xlogx(p):
+        return torch.special.xlogy(p, p).sum(-1)
+
+    scores = []
     for p in probabilities.double().chunk(math.ceil(len(probabilities) / block)):
         scores.append((xlogx(p).mean() - xlogx(p.mean(0))).exp())
     return float(torch.stack(scores).mean())
 
 
-# ------------------------------------------------------------------------------------------------- classifier
-
+# ------------------------------------------------------------------------------------- classifier
 class Classifier(nn.Module):
     """x (B, C, H, W) in [-1, 1] -> features (B, 160), logits (B, classes).
 
-    A strided first layer brings any size to at most 16 x 16; three pre-norm residual stages, halved between.
-    The stream itself is never normalised, so that wrong contrast and brightness reach the features, and all
-    stages feed them: slight blur weighs twice what it does with the last alone, at the same floor.
+    A strided first layer brings any size to at most 16 x 16; three pre-norm residual stages, halved
+    between. The stream itself is never normalised, so that wrong contrast and brightness reach the
+    features, and all stages feed them: slight blur weighs twice what it does with the last alone,
+    at the same floor.
     """
+
     def __init__(self, channels, side, classes):
         super().__init__()
-        stride, widths = math.ceil(side / 16), (32, 64, 64)
+        stride = math.ceil(side / 16)
+        widths = (32, 64, 64)
         self.stem = nn.Conv2d(channels, widths[0], stride + 2, stride, 1)
         self.blocks = nn.ModuleList(nn.Sequential(
             nn.GroupNorm(8, w), nn.SiLU(), nn.Conv2d(w, w, 3, padding=1),
@@ -176,10 +217,11 @@ class Classifier(nn.Module):
         self.down = nn.ModuleList(
             [nn.Identity()] + [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:])])
         self.head = nn.Linear(sum(widths), classes)
-        self.register_buffer("scale", torch.ones(()))   # set after training: total variance 100
+        self.register_buffer("scale", torch.ones(()))  # set after training: total variance 100
 
     def forward(self, x):
-        x, means = self.stem(x), []
+        x = self.stem(x)
+        means = []
         for down, block in zip(self.down, self.blocks):
             x = down(x)
             x = x + block(x)
@@ -200,7 +242,7 @@ def _turned(x):
 
 
 def choice(n, most):
-    """At most `most` of the indices 0..n-1, int64, in a random order that is fixed once and for all."""
+    """At most `most` of the indices 0..n-1, int64, in a random order that never changes."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
 
 
@@ -211,9 +253,13 @@ def _bar(total, text):
 
 
 def _digest(dataset):
-    """16 hex digits that change with the data: shape, classes, number, all labels, and 256 pictures."""
+    """16 hex digits that change with the data.
+
+    They are those of shape, classes, number, all labels, and 256 pictures.
+    """
     index = torch.arange(256) * (len(dataset) - 1) // 255
-    key = hashlib.sha256(repr((tuple(dataset.shape), list(dataset.classes), len(dataset))).encode())
+    head = (tuple(dataset.shape), list(dataset.classes), len(dataset))
+    key = hashlib.sha256(repr(head).encode())
     key.update(dataset.labels.contiguous().numpy().tobytes())
     key.update(dataset.images[index].contiguous().numpy().tobytes())
     return key.hexdigest()[:16]
@@ -221,59 +267,66 @@ def _digest(dataset):
 
 def _cached(path, key, make):
     """The dict kept in `path`, if it was kept under the same key; else make(), and keep it."""
-    from common.runs import written
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["key"] == key:
             return kept
     except FileNotFoundError:
         pass
-    except Exception as error:      # cut, foreign or malicious: nothing in it ran, and it can be made again
+    except Exception as error:
+        # cut, foreign or malicious: nothing in it ran, and it can be made again
         print(f"{path} is damaged ({type(error).__name__}): making it again", file=sys.stderr)
     kept = {"key": key, **make()}
     try:
         with written(path) as temporary:
             torch.save(kept, temporary)
-    except (OSError, RuntimeError) as error:    # a read-only data root costs time, not the result
+    except (OSError, RuntimeError) as error:  # a read-only data root costs time, not the result
         print(f"{path} cannot be kept, and will be made again next time: {error}", file=sys.stderr)
     return kept
 
 
 def _network(dataset):
-    """An untrained Classifier for the data set, always the same; the global random state stays as it is."""
+    """An untrained Classifier for the data set, always the same.
+
+    The global random state stays as it is.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)      # the CPU's alone: torch.manual_seed reseeds GPUs
+        torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed reseeds GPUs
         classes = len(dataset.classes) if len(dataset.classes) > 1 else 4
         return Classifier(dataset.shape[0], dataset.shape[1], classes)
 
 
 def _train(train, test, device):
-    """A classifier trained on `train` and measured on `test` -> {"state", "accuracy"}; its seed is fixed.
+    """A classifier trained on `train` and measured on `test` -> {"state", "accuracy"}.
 
-    With fewer than two classes its task is which of four rotations a picture is shown in.
+    With fewer than two classes its task is which of four rotations a picture is shown in. Its seed
+    is fixed.
     """
-    began, (channels, height, width), labelled = time.perf_counter(), train.shape, len(train.classes) > 1
-    generator, updates = torch.Generator().manual_seed(0), UPDATES[channels]
+    began = time.perf_counter()
+    channels, height, width = train.shape
+    labelled = len(train.classes) > 1
+    generator = torch.Generator().manual_seed(0)
+    updates = UPDATES[channels]
     net = _network(train).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     usable = (train.labels >= 0).nonzero().flatten() if labelled else torch.arange(len(train))
     pad = max(1, height // 16)
 
     def batch(images, labels, index):
-        x, y = _unit(images[index], device), labels[index].to(device)
-        return (x, y) if labelled else _turned(x)
+        x = _unit(images[index], device)
+        return (x, labels[index].to(device)) if labelled else _turned(x)
 
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with exact, _bar(64 * updates, "classifier") as bar:
         for step in range(updates):
-            done = step / updates               # warm-up over a tenth, then down to zero
+            done = step / updates  # warm-up over a tenth, then down to zero
             optimizer.param_groups[0]["lr"] = 3e-3 * min(10 * done + 10 / updates, (1 - done) / 0.9)
             chosen = torch.randint(len(usable), (64 if labelled else 16,), generator=generator)
             x, y = batch(train.images, train.labels, usable[chosen])
             top, left = torch.randint(2 * pad + 1, (2,), generator=generator).tolist()
             x = F.pad(x, (pad,) * 4, mode="replicate")[:, :, top:top + height, left:left + width]
-            if channels == 3 and step % 2:          # in colour: photographs; a mirrored digit is no digit
-                x = x.flip(3)
+            if channels == 3 and step % 2:
+                x = x.flip(3)  # in colour: photographs; a mirrored digit is no digit
             loss = F.cross_entropy(net(x)[1], y)
             optimizer.zero_grad()
             loss.backward()
@@ -283,60 +336,76 @@ def _train(train, test, device):
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     right = []
     index = choice(len(test), 10_000)
+    if labelled:
+        index = index[test.labels[index] >= 0]
     with torch.no_grad():
-        for part in (index[test.labels[index] >= 0] if labelled else index).split(250):
+        for part in index.split(250):
             x, y = batch(test.images, test.labels, part)
             right.append((net(x)[1].argmax(1) == y).cpu())
     accuracy = float(torch.cat(right).double().mean())
-    variance = float(look(net, train.images, choice(len(train), 2000), device)[0].var(0).sum())
+    features, _ = look(net, train.images, choice(len(train), 2000), device)
+    variance = float(features.var(0).sum())
     net.scale.fill_(10 / max(variance, 1e-12) ** 0.5)
-    print(f"classifier: {accuracy:.2%} of held-out {'pictures' if labelled else 'rotations'} right "
-          f"after {updates} updates, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    what = "pictures" if labelled else "rotations"
+    seconds = time.perf_counter() - began
+    print(f"classifier: {accuracy:.2%} of held-out {what} right after {updates} updates, "
+          f"{seconds:.0f} s", file=sys.stderr)
     return {"state": {k: v.cpu() for k, v in net.state_dict().items()}, "accuracy": accuracy}
 
 
 def classifier(name, root="data", size=None, seed=0, device="cpu"):
-    """The evaluation network of a data set, trained on first use -> Classifier, its accuracy, class names.
+    """The evaluation network of a data set, trained on first use.
 
-    It learns all classes of the source, or, where there are fewer than two, which of four rotations a picture
-    is shown in (no class names). Kept as root/classifier-<key>.pt; other data has another key, and trains
+    Returns the Classifier, its accuracy, the names of its classes. It learns all classes of the
+    source, or, where there are fewer than two, which of four rotations a picture is shown in (no
+    class names). It is kept as root/classifier-<key>.pt; other data has another key, and trains
     another one.
     """
     train = data.load(name, root, size, None, "train", seed)
-    key = f"{os.path.basename(os.path.normpath(name)).split('.')[0]}-{train.shape[-1]}-{_digest(train)}"
-    kept = _cached(os.path.join(root, f"classifier-{key}.pt"), f"{RECIPE}, {UPDATES[train.shape[0]]}, {key}",
-                   lambda: _train(train, data.load(name, root, size, None, "test", seed), device))
+    title = os.path.basename(os.path.normpath(name)).split(".")[0]
+    key = f"{title}-{train.shape[-1]}-{_digest(train)}"
+
+    def make():
+        return _train(train, data.load(name, root, size, None, "test", seed), device)
+
+    kept = _cached(os.path.join(root, f"classifier-{key}.pt"),
+                   f"{RECIPE}, {UPDATES[train.shape[0]]}, {key}", make)
     net = _network(train)
     net.load_state_dict(kept["state"])
-    return net.to(device).eval(), kept["accuracy"], list(train.classes) if len(train.classes) > 1 else []
+    names = list(train.classes) if len(train.classes) > 1 else []
+    return net.to(device).eval(), kept["accuracy"], names
 
 
 @torch.no_grad()
 def look(net, images, index, device="cpu"):
-    """Features (N, 160) and logits (N, classes), float64 on the CPU, of the uint8 pictures images[index].
+    """Features (N, 160) and logits (N, classes) of the uint8 pictures images[index].
 
-    A network of one channel sees three channels one by one: features (N, 3 * 160), logits (N, 3, classes).
+    Both are float64 on the CPU. A network of one channel sees three channels one by one: features
+    (N, 3 * 160), logits (N, 3, classes).
     """
     features, logits = [], []
     for part in index.split(250):
         x = _unit(images[part], device)
         apart = x.shape[1] != net.stem.in_channels
         f, y = net(x.flatten(0, 1)[:, None] if apart else x)
+        if apart:
+            y = y.unflatten(0, (len(part), -1))
         features.append(f.reshape(len(part), -1).cpu().double())
-        logits.append((y.unflatten(0, (len(part), -1)) if apart else y).cpu().double())
+        logits.append(y.cpu().double())
     return torch.cat(features), torch.cat(logits)
 
 
-# ------------------------------------------------------------------------------------------ FID and IS proper
-
+# ------------------------------------------------------------------------------ FID and IS proper
 def load_inception(path, device="cpu"):
-    """A TorchScript file -> function of uint8 (B, C, H, W): features (B, 2048), probabilities (B, K) or None.
+    """A TorchScript file as a function of uint8 (B, C, H, W).
 
-    Takes the usual export, whose forward has return_features and no_output_bias, and a plain one that returns
-    the features or (features, logits). ValueError for anything else.
+    It returns features (B, 2048) and probabilities (B, K) or None. The usual export is taken, whose
+    forward has return_features and no_output_bias, and a plain one that returns the features or
+    (features, logits). ValueError for anything else.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} does not exist: --inception wants the network as a TorchScript file")
+        raise FileNotFoundError(f"{path} does not exist: --inception wants the network as a "
+                                "TorchScript file")
     try:
         net = torch.jit.load(path, map_location=device).eval()
         flags = {argument.name for argument in net.forward.schema.arguments}
@@ -349,7 +418,9 @@ def load_inception(path, device="cpu"):
         try:
             if "return_features" in flags:
                 features = net(x, return_features=True)
-                probabilities = net(x, no_output_bias=True) if "no_output_bias" in flags else None
+                probabilities = None
+                if "no_output_bias" in flags:
+                    probabilities = net(x, no_output_bias=True)
             else:
                 out = net(x)
                 features, logits = out if isinstance(out, tuple) else (out, None)
@@ -358,14 +429,20 @@ def load_inception(path, device="cpu"):
                 raise ValueError(f"its features are {tuple(features.shape)}")
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"{path} does not turn uint8 {tuple(x.shape)} into features {(len(x), 2048)}: "
-                             f"give the standard Inception network ({reason})") from None
-        return features.cpu().double(), None if probabilities is None else probabilities.cpu().double()
+            raise ValueError(f"{path} does not turn uint8 {tuple(x.shape)} into features "
+                             f"{(len(x), 2048)}: give the standard Inception network "
+                             f"({reason})") from None
+        if probabilities is not None:
+            probabilities = probabilities.cpu().double()
+        return features.cpu().double(), probabilities
     return call
 
 
 def _fid_and_is(call, samples, train, path, root):
-    """FID against all training pictures, whose moments are kept under root, and IS if there are classes."""
+    """FID against all training pictures, and IS if there are classes.
+
+    The moments of the training pictures are kept under root.
+    """
     probabilities = []
     with open(path, "rb") as file:
         key = f"{_digest(train)}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
@@ -379,75 +456,104 @@ def _fid_and_is(call, samples, train, path, root):
                 bar.update(len(part))
                 yield found
 
+    def reference():
+        mu, cov = moments(features(train.images, "reference", False))
+        return {"mu": mu, "cov": cov}
+
     fake = moments(features(samples, "samples", True))
-    real = _cached(os.path.join(root, f"inception-{key}.pt"), key,
-                   lambda: dict(zip(("mu", "cov"), moments(features(train.images, "reference", False)))))
+    real = _cached(os.path.join(root, f"inception-{key}.pt"), key, reference)
     result = {"fid": frechet(*fake, real["mu"], real["cov"])}
-    return result | ({"is": inception_score(torch.cat(probabilities))} if probabilities else {})
+    if probabilities:
+        result["is"] = inception_score(torch.cat(probabilities))
+    return result
 
 
-# -------------------------------------------------------------------------------------------------- all of it
-
+# -------------------------------------------------------------------------------------- all of it
 def _check(samples, train):
     dtype = torch.float32 if train.images is None else torch.uint8
-    dtype_is, shape_is = getattr(samples, "dtype", type(samples)), tuple(getattr(samples, "shape", ()))
+    dtype_is = getattr(samples, "dtype", type(samples))
+    shape_is = tuple(getattr(samples, "shape", ()))
     if dtype_is != dtype or shape_is[1:] != tuple(train.shape):
-        raise ValueError(f"samples of {train.name} are {dtype} (N, {str(tuple(train.shape))[1:]}, not "
-                         f"{dtype_is} {shape_is}: evaluate with the data, size and classes of the training")
+        raise ValueError(f"samples of {train.name} are {dtype} (N, {str(tuple(train.shape))[1:]}, "
+                         f"not {dtype_is} {shape_is}: evaluate with the data, size and classes of "
+                         "the training")
     if len(samples) < 6:
-        raise ValueError(f"{len(samples)} samples are too few to judge: draw at least 6, better 1000")
+        raise ValueError(f"{len(samples)} samples are too few to judge: draw at least 6, better "
+                         "1000")
     if not torch.isfinite(samples).all():
         raise ValueError("some samples are not finite: sample from another checkpoint")
 
 
 def _class_shares(logits, train, names):
-    """Classes of samples by logits (N, all classes) beside the data's: KL, and extreme relative shares."""
+    """Classes of samples by logits (N, all classes) beside the data's.
+
+    They are compared by KL, and by the extreme relative shares.
+    """
     true = train.labels[train.labels >= 0].bincount(minlength=len(train.classes)).double()
     true = true / true.sum()
-    kept = logits[:, [names.index(c) for c in train.classes]].argmax(1)   # the likeliest of the kept
-    counts = kept.bincount(minlength=len(true))
+    columns = [names.index(c) for c in train.classes]
+    likeliest = logits[:, columns].argmax(1)  # of the kept
+    counts = likeliest.bincount(minlength=len(true))
     least, most = (counts / len(logits) / true).aminmax()
     return {"class_kl": kl(counts, true), "class_least": float(least), "class_most": float(most)}
 
 
-def evaluate(samples, name, root="data", size=None, classes=None, seed=0, inception=None, device="cpu"):
-    """Judge samples, uint8 (N, C, H, W) or float32 points (N, 2) on the CPU -> dict of floats, in order.
+def evaluate(samples, name, root="data", size=None, classes=None, seed=0, inception=None,
+             device="cpu"):
+    """Judge samples, uint8 (N, C, H, W) or float32 points (N, 2) on the CPU.
 
-    name to seed say which data, as data.load takes them (the data's seed, not the run's); inception: a file
-    or None.
-    Pictures: samples, accuracy (the classifier's), fcd, fcd_floor, floor_n, precision, recall, density,
-    coverage; with two classes or more class_kl, class_least, class_most (predicted classes, shares as
-    multiples of the data's); for `stacked` modes, modes_of, kl instead; with `inception` fid, is.
-    Points: samples, wasserstein, wasserstein_floor, floor_n, precision to coverage; for `gaussians` modes,
-    modes_of, within (3 sigma), spread (in sigma), kl.
+    Returns a dict of floats, in order. name to seed say which data, as data.load takes them (the
+    data's seed, not the run's); inception: a file or None.
+    Pictures: samples, accuracy (the classifier's), fcd, fcd_floor, floor_n, precision, recall,
+    density, coverage; with two classes or more class_kl, class_least, class_most (predicted
+    classes, shares as multiples of the data's); for `stacked` modes, modes_of, kl instead; with
+    `inception` fid, is.
+    Points: samples, wasserstein, wasserstein_floor, floor_n, precision to coverage; for `gaussians`
+    modes, modes_of, within (3 sigma), spread (in sigma), kl.
 
-    The reference is the training pictures of the kept classes, 20,000 by a fixed choice where there are more.
-    The floor is that of floor_n held-out pictures: as many as samples (the mean of up to five separate
-    draws), or all where they are fewer. Precision to coverage compare the samples with the first draw, or,
-    where too few are held out, with as many of the reference; at most 10,000 of each.
+    The reference is the training pictures of the kept classes, 20,000 by a fixed choice where there
+    are more. The floor is that of floor_n held-out pictures: as many as samples (the mean of up to
+    five separate draws), or all where they are fewer. Precision to coverage compare the samples
+    with the first draw, or, where too few are held out, with as many of the reference; at most
+    10,000 of each.
     """
-    train, test = (data.load(name, root, size, classes, split, seed) for split in ("train", "test"))
+    train = data.load(name, root, size, classes, "train", seed)
+    test = data.load(name, root, size, classes, "test", seed)
     _check(samples, train)
-    n, device, stacked = len(samples), torch.device(device), name == "stacked"
+    n = len(samples)
+    device = torch.device(device)
+    stacked = name == "stacked"
     if inception:
         if train.images is None:
             raise ValueError(f"--inception is for pictures, and {name} has points: leave it out")
         call = load_inception(inception, device)
-        call(samples[:1])                                   # a wrong file is told before a minute of work
-    draws = max(1, min(5, len(test) // n))                  # of held-out pictures: one alone is a noisy floor
-    reference, held_out = choice(len(train), REFERENCE), choice(len(test), draws * n)
+        call(samples[:1])  # a wrong file is told before a minute of work
+    draws = max(1, min(5, len(test) // n))  # of held-out pictures: one alone is a noisy floor
+    reference = choice(len(train), REFERENCE)
+    held_out = choice(len(test), draws * n)
     result = {"samples": float(n)}
     if train.images is None:
-        fake, reference, held_out = samples.double(), train.points[reference], test.points[held_out]
-        distance, measure = "wasserstein", lambda x: sliced_wasserstein(x, reference)
-    else:       # `stacked`: the digits' classifier sees each channel, so that 1,000 modes are three digits
-        source, side = "digits" if stacked else name, train.shape[-1]
-        net, result["accuracy"], names = classifier(source, root, side, seed, device)
+        fake = samples.double()
+        reference = train.points[reference]
+        held_out = test.points[held_out]
+        distance = "wasserstein"
+
+        def measure(x):
+            return sliced_wasserstein(x, reference)
+    else:
+        # `stacked`: the digits' classifier sees each channel, so that 1,000 modes are three digits
+        source = "digits" if stacked else name
+        net, accuracy, names = classifier(source, root, train.shape[-1], seed, device)
+        result["accuracy"] = accuracy
         fake, logits = look(net, samples, torch.arange(n), device)
-        reference = look(net, train.images, reference, device)[0]
-        held_out = look(net, test.images, held_out, device)[0]
+        reference, _ = look(net, train.images, reference, device)
+        held_out, _ = look(net, test.images, held_out, device)
         gaussian = moments([reference])
-        distance, measure = "fcd", lambda x: frechet(*moments([x]), *gaussian)
+        distance = "fcd"
+
+        def measure(x):
+            return frechet(*moments([x]), *gaussian)
+
     result[distance] = measure(fake)
     result[distance + "_floor"] = sum(measure(x) for x in held_out.chunk(draws)) / draws
     result["floor_n"] = float(len(held_out) // draws)
@@ -456,8 +562,11 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
     if name == "gaussians":
         result |= grid_modes(fake, data.GAUSSIANS_MEANS, data.GAUSSIANS_SIGMA)
     elif stacked:
-        found = (logits.argmax(2) @ torch.tensor([100, 10, 1])).bincount(minlength=1000)
-        result |= {"modes": float((found > 0).sum()), "modes_of": 1000.0, "kl": kl(found, 1 / 1000)}
+        numbers = logits.argmax(2) @ torch.tensor([100, 10, 1])
+        found = numbers.bincount(minlength=1000)
+        result |= {"modes": float((found > 0).sum()),
+                   "modes_of": 1000.0,
+                   "kl": kl(found, 1 / 1000)}
     elif len(train.classes) > 1 and train.images is not None:
         result |= _class_shares(logits, train, names)
     if inception:
@@ -466,52 +575,78 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
 
 
 def report(result):
-    """The dict of `evaluate` as aligned lines of text, distances beside their floors; others by their key."""
-    rows = {"accuracy": ("classifier", "{accuracy:.2%} right on held-out data"),
-            "fcd": ("FCD", "{fcd:.4g}  (floor {fcd_floor:.4g}, from {floor_n:.0f} held-out)"),
-            "wasserstein": ("sliced Wasserstein", "{wasserstein:.4g}  (floor {wasserstein_floor:.4g}, "
-                                                  "from {floor_n:.0f} held-out)"),
-            "class_kl": ("classes, KL to the data", "{class_kl:.4f}"),
-            "class_least": ("class shares", "{class_least:.2f} to {class_most:.2f} times the data's"),
-            "modes": ("modes found", "{modes:.0f} of {modes_of:.0f}"),
-            "within": ("within 3 sigma", "{within:.2%}"), "spread": ("spread of a mode", "{spread:.2f} sigma  (the data's 0.97)"), "kl": ("modes, KL to uniform", "{kl:.4f}"),
-            "fid": ("FID", "{fid:.4g}"), "is": ("IS", "{is:.4g}")}
-    shown = ("fcd_floor", "wasserstein_floor", "floor_n", "class_most", "modes_of")     # beside another
-    lines = [(rows[k][0], rows[k][1].format(**result)) if k in rows else (k, f"{result[k]:.0f}" if result[k] >= 1000 else f"{result[k]:.4g}")
-             for k in result if k not in shown]
+    """The dict of `evaluate` as aligned lines of text.
+
+    Distances stand beside their floors, and what has no label here under its key.
+    """
+    rows = {
+        "accuracy": ("classifier", "{accuracy:.2%} right on held-out data"),
+        "fcd": ("FCD", "{fcd:.4g}  (floor {fcd_floor:.4g}, from {floor_n:.0f} held-out)"),
+        "wasserstein": ("sliced Wasserstein", "{wasserstein:.4g}  (floor {wasserstein_floor:.4g}, "
+                                              "from {floor_n:.0f} held-out)"),
+        "class_kl": ("classes, KL to the data", "{class_kl:.4f}"),
+        "class_least": ("class shares", "{class_least:.2f} to {class_most:.2f} times the data's"),
+        "modes": ("modes found", "{modes:.0f} of {modes_of:.0f}"),
+        "within": ("within 3 sigma", "{within:.2%}"),
+        "spread": ("spread of a mode", "{spread:.2f} sigma  (the data's 0.97)"),
+        "kl": ("modes, KL to uniform", "{kl:.4f}"),
+        "fid": ("FID", "{fid:.4g}"),
+        "is": ("IS", "{is:.4g}"),
+    }
+    # shown beside another
+    beside = ("fcd_floor", "wasserstein_floor", "floor_n", "class_most", "modes_of")
+    lines = []
+    for key, value in result.items():
+        if key in beside:
+            continue
+        if key in rows:
+            label, text = rows[key]
+            lines.append((label, text.format(**result)))
+        else:
+            lines.append((key, f"{value:.0f}" if value >= 1000 else f"{value:.4g}"))
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
 def peak_memory(device="cpu"):
-    """The most memory used so far, in MiB: by PyTorch on a CUDA device, by the whole process elsewhere."""
+    """The most memory used so far, in MiB.
+
+    It is that of PyTorch on a CUDA device, of the whole process elsewhere.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:                 # Windows keeps no such count
+    except ImportError:  # Windows keeps no such count
         return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # KiB; on macOS bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; on macOS bytes
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ------------------------------------------------------------------------------------------------ for the scripts
+# -------------------------------------------------------------------------------- for the scripts
+def judge(c, draw, evaluations):
+    """`evaluate` for a script's --evaluate, and the speed.
 
-def judge(c, x, evaluations, watch):
-    """`evaluate` for a script's --evaluate, and the speed: c its flags, x samples in [-1, 1] or points on the CPU.
-
-    evaluations: of the network for each sample; watch: the Stopwatch that timed them. A file that cannot be
+    c: the script's flags; draw: the Draw (sampling.py) that keeps the samples, pictures in [-1, 1]
+    or points, and timed them; evaluations: of the network for each sample. A file that cannot be
     read ends the program with one line.
     """
-    speed = {"network evaluations": evaluations, "ms per sample": watch.ms(), "peak memory MiB": peak_memory(c.device)}
+    x = draw.samples()
+    speed = {"network evaluations": evaluations,
+             "ms per sample": draw.ms(),
+             "peak memory MiB": peak_memory(c.device)}
     with inputs():
-        result = evaluate(x if x.ndim == 2 else to_uint8(x), c.data, c.data_root, c.size or None, c.classes or None,
-                          inception=c.inception or None, device=c.device)
+        result = evaluate(x if x.ndim == 2 else to_uint8(x), c.data, c.data_root, c.size or None,
+                          c.classes or None, inception=c.inception or None, device=c.device)
     return result | speed
 
 
 def write_result(c, result):
-    """Print the table and keep it as evaluation.json in the run."""
+    """Print the table and keep it as evaluation.json in the run.
+
+    Where it cannot be written, a full disk say, the program ends with one line.
+    """
     print(report(result))
-    with written(c.run / "evaluation.json") as file:
-        file.write_text(json.dumps(result | {"checkpoint": c.checkpoint, "seed": c.seed}, indent=2) + "\n")
+    kept = result | {"checkpoint": c.checkpoint, "seed": c.seed}
+    with inputs(), written(c.run / "evaluation.json") as file:
+        file.write_text(json.dumps(kept, indent=2) + "\n")

@@ -1,4 +1,7 @@
-"""What a person looks at: grids, trajectories, scatter plots of points, curves; and samples as files."""
+"""What a person looks at: grids, trajectories, scatter plots, curves; and samples as files.
+
+It knows tensors and files: no flags, no method and no network.
+"""
 import csv
 import io
 import math
@@ -7,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common.runs import written
+from common.files import written
 
 
 def to_uint8(x):
-    """[-1, 1] to 0..255, rounded to the nearest level. Any shape and float type; uint8 on the CPU comes back."""
+    """[-1, 1] to 0..255, rounded to the nearest level: uint8 on the CPU, of any shape."""
     return x.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
@@ -22,16 +25,18 @@ def single(image):
 
 
 def grid(images, columns=None):
-    """One PIL picture of uint8 images (N, C, H, W), row by row; small ones are enlarged by a whole factor to be seen."""
+    """One PIL picture of uint8 images (N, C, H, W), row by row; small ones are seen enlarged."""
     n, channels, h, w = images.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     gap = max(1, h // 16)
-    sheet = torch.full((channels, -(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), 64, dtype=torch.uint8)
+    height, width = -(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap
+    sheet = torch.full((channels, height, width), 64, dtype=torch.uint8)
     for i, image in enumerate(images):
         y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         sheet[:, y:y + h, x:x + w] = image
     picture, factor = single(sheet), max(1, 48 // max(h, w))
-    return picture.resize((picture.width * factor, picture.height * factor), 0)  # 0: the nearest pixel
+    enlarged = (picture.width * factor, picture.height * factor)
+    return picture.resize(enlarged, 0)  # 0: the nearest pixel
 
 
 def scatter(points):
@@ -46,59 +51,80 @@ def scatter(points):
 
 
 def curves(folder):
-    """loss.png beside a run's metrics.csv: every column over the updates, one panel each; a vector's name_1, name_2, ... share theirs. Of a
-    long run the means of neighbours: 300 points."""
+    """Draw loss.png from a run's metrics.csv: every column over the updates, one panel each.
+
+    A vector's name_1, name_2, ... share theirs. Of a long run the means of neighbours are shown,
+    300 points. A row may have nothing in a column: it was not logged then.
+    """
     from matplotlib.figure import Figure
     path = Path(folder) / "metrics.csv"
     table = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    many, panels = math.ceil(len(table) / 300), {}
-
-    def means(name):
-        return [sum(float(row[name]) for row in rows) / len(rows) for rows in (table[i:i + many] for i in range(0, len(table), many))]
-
-    for name in (n for n in (table[0] if table else {}) if n not in ("step", "seconds")):
-        panels.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
-    if panels:
-        wide = 1 if len(panels) < 3 else 2
-        high = math.ceil(len(panels) / wide)
-        figure = Figure(figsize=(6 * wide, 2.4 * high), dpi=100, layout="constrained")
-        places = figure.subplots(high, wide, squeeze=False).flat
-        for (what, names), axes in zip(panels.items(), places):
-            values = {name: means(name) for name in names}
-            for name in names:
-                axes.plot(means("step"), values[name], linewidth=1, label=name.removeprefix(what + "_"))
-            least, most = min(map(min, values.values())), max(map(max, values.values()))
-            axes.set(xlabel="update", ylabel=what, **(dict(yscale="log") if 0 < 10 * least < most else {}))
-            if len(names) > 1:
-                axes.legend(fontsize="small")
-        for axes in places:  # a place without a panel
-            axes.remove()
-        with written(Path(folder) / "loss.png") as file:
-            figure.savefig(file, format="png")
+    panels = {}  # what is shown -> its columns
+    for name in table[0] if table else ():
+        if name not in ("step", "seconds") and any(row[name] for row in table):
+            panels.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
+    if not panels:
+        return
+    wide = 1 if len(panels) < 3 else 2
+    high = math.ceil(len(panels) / wide)
+    figure = Figure(figsize=(6 * wide, 2.4 * high), dpi=100, layout="constrained")
+    places = figure.subplots(high, wide, squeeze=False).flat
+    for (what, names), axes in zip(panels.items(), places):
+        least, most = math.inf, -math.inf
+        for name in names:
+            rows = [row for row in table if row[name]]
+            many = math.ceil(len(rows) / 300)
+            parts = [rows[i:i + many] for i in range(0, len(rows), many)]
+            step = [sum(float(row["step"]) for row in part) / len(part) for part in parts]
+            value = [sum(float(row[name]) for row in part) / len(part) for part in parts]
+            axes.plot(step, value, linewidth=1, label=name.removeprefix(what + "_"))
+            least, most = min(least, *value), max(most, *value)
+        axes.set(xlabel="update", ylabel=what)
+        if 0 < 10 * least < most:
+            axes.set(yscale="log")
+        if len(names) > 1:
+            axes.legend(fontsize="small")
+    for axes in places:  # a place without a panel
+        axes.remove()
+    with written(Path(folder) / "loss.png") as file:
+        figure.savefig(file, format="png")
 
 
 def save(path, x, labels=None, frames=(), columns=None):
-    """Write samples by the path's ending; nothing half-written is ever under its name. Returns the path.
+    """Write samples by the path's ending; nothing half-written is ever under its name.
 
-    x: (N, C, H, W) in [-1, 1] or uint8, or float points (N, 2); labels: (N,) or None; frames: the trajectory for a .gif, tensors
-    like x from noise to sample (with none, a .gif has one frame); columns: of the grid, default about as many as rows
-    .png a grid or scatter plot; .gif the frames; .npz arr_0 uint8 (N, H, W, C) or float32 (N, 2), arr_1 labels, -1 for none;
-    no ending: a folder with one PNG each. Image files have the channels the pictures have: 1 or 3.
+    x: (N, C, H, W) in [-1, 1] or uint8, or float points (N, 2); labels: (N,) or None; frames: the
+    trajectory for a .gif, tensors like x from noise to sample (with none, a .gif has one frame);
+    columns: of the grid, default about as many as rows. Returns the path. By its ending it holds
+        .png  a grid or scatter plot
+        .gif  the frames
+        .npz  arr_0 uint8 (N, H, W, C) or float32 (N, 2), arr_1 labels, -1 for none
+        none  is a folder with one PNG each
+    Image files have the channels the pictures have: 1 or 3. OSError where it cannot be written.
     """
     import numpy as np
     path, points = Path(path), x.ndim == 2
-    x, *frames = [a.cpu() if points else a if a.dtype == torch.uint8 else to_uint8(a) for a in (x, *(frames or [x]))]
+
+    def shown(a):
+        if points:
+            return a.cpu()
+        return a if a.dtype == torch.uint8 else to_uint8(a)
+
+    x, frames = shown(x), [shown(frame) for frame in frames or [x]]
     if path.suffix == ".npz":
         array = x.float() if points else x.permute(0, 2, 3, 1)
+        classes = np.full(len(x), -1) if labels is None else labels.cpu().numpy()
         with written(path) as file, open(file, "wb") as handle:
-            np.savez(handle, array.numpy(), np.full(len(x), -1) if labels is None else labels.cpu().numpy())
+            np.savez(handle, array.numpy(), classes)
     elif path.suffix == ".png":
         with written(path) as file:
             (scatter(x) if points else grid(x, columns)).save(file, format="PNG")
     elif path.suffix == ".gif":
         stills = [(scatter(frame) if points else grid(frame)).convert("P") for frame in frames]
+        rest = stills[1:] + stills[-1:] * 10  # the last one stays
         with written(path) as file:
-            stills[0].save(file, format="GIF", save_all=True, append_images=stills[1:] + stills[-1:] * 10, duration=100, loop=0)
+            stills[0].save(file, format="GIF", save_all=True, append_images=rest, duration=100,
+                           loop=0)
     else:
         for i in range(len(x)):
             with written(path / f"{i:05}.png") as file:

@@ -1,14 +1,15 @@
-"""The networks: one U-Net for pictures in all six methods, a small MLP with the same call for 2-D points, and what a GAN adds.
+"""The networks: one U-Net for pictures in all six methods, and an MLP with its call for points.
 
     net(x, t, label=None, z=None, context=None)
         x        (B, C, H, W) pictures or latents, or (B, C) points
-        t        (B,) time on a scale of about 0 to 1000, whole or not
+        t        (B,) time in [0, 1], from data to noise
         label    (B,) int64 in 0..classes, where the number `classes` itself means "no label"
         z        (B, z_dim) the latent of a GAN generator
         context  (B, L, context_dim) what to attend to
     returns (B, out_channels, H, W) or (B, out_channels).
 
-A residual U-Net as in Ho 2020, with Nichol 2021's adaptive group norm (time scales and shifts the second norm of each block).
+A residual U-Net as in Ho 2020, with Nichol 2021's adaptive group norm: time scales and shifts the
+second norm of each block. It knows no method; build() reads the flags of its parameters' names.
 """
 import math
 
@@ -16,18 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.files import inputs
 from kernels.group_norm import GroupNorm
 
 
+def build(c, shape, outputs, **more):
+    """The network for data of this shape, (C, H, W) or (2,), by flags.Unet's flags and c.labels.
+
+    outputs: channels of the result; more: further parameters of UNet or MLP, as z_dim. Ends the
+    program with one line where the flags make no network.
+    """
+    with inputs():
+        if len(shape) == 1:
+            return MLP(shape[0], outputs, c.width, classes=c.labels, **more)
+        net = UNet(shape[0], outputs, shape[-1], c.width, c.multipliers, c.blocks, c.attention,
+                   c.heads, c.labels, resample=c.resample, **more)
+        return net.to(memory_format=torch.channels_last)  # spares a copy at each convolution
+
+
 def fourier_time(t, dim):
-    """Sines and cosines of t at dim/2 frequencies from 1 to 1e-4 radians per unit (Vaswani 2017). t (B,) -> float32 (B, dim)."""
-    frequency = torch.exp(torch.arange(dim // 2, device=t.device, dtype=torch.float32) * (-math.log(10000) / (dim // 2)))
-    angle = t.float()[:, None] * frequency
+    """Cosines and sines of 1000 t at dim/2 frequencies from 1 to 1e-4 radians (Vaswani 2017).
+
+    t: (B,) in [0, 1], whole steps or between them. Returns float32 (B, dim).
+    """
+    i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    frequency = torch.exp(i * (-math.log(10000) / (dim // 2)))
+    angle = (1000 * t.float())[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def fourier_input(x, powers):
-    """x and sin, cos(2^n pi x) for each n in powers, along the channels (Kingma 2021, section 5.1)."""
+    """x and sin, cos(2^n pi x) for each n in powers, along the channels (Kingma 2021, 5.1)."""
     angles = [x * (2.0 ** n * math.pi) for n in powers]
     return torch.cat([x] + [f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
 
@@ -41,31 +61,43 @@ def zero(layer):
 
 def norm(channels):
     """GroupNorm over at most 32 groups of at least 4 channels."""
-    return GroupNorm(next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0), channels)
+    groups = max(1, min(32, channels // 4))
+    while channels % groups:
+        groups -= 1
+    return GroupNorm(groups, channels)
 
 
 class Embedding(nn.Module):
-    """What the picture does not hold: time, label and z, as one vector (B, dim) after a SiLU, for every block to read."""
+    """What the picture does not hold, for every block to read: time, label and z.
+
+    One vector (B, dim), after a SiLU.
+    """
 
     def __init__(self, width, dim, classes=0, z_dim=0, z_layers=4):
         super().__init__()
         if width % 2:
-            raise ValueError(f"a width of {width} is odd (--width, --width-d): half of the time's features are sines and half cosines")
+            raise ValueError(f"a width of {width} is odd (--width, --width-d): half of the time's "
+                             "features are sines and half cosines")
         self.width, self.classes, self.z_dim = width, classes, z_dim
         self.time = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
         if classes:
             self.label = nn.Embedding(classes + 1, dim)  # the last row is "no label"
         if z_dim:  # StyleGAN's mapping network, as DDGAN uses it (Xiao 2021, appendix C)
-            deeper = (layer for _ in range(z_layers - 1) for layer in (nn.SiLU(), nn.Linear(dim, dim)))
-            self.mapping = nn.Sequential(nn.Linear(z_dim, dim), *deeper)
+            layers = [nn.Linear(z_dim, dim)]
+            for _ in range(z_layers - 1):
+                layers += [nn.SiLU(), nn.Linear(dim, dim)]
+            self.mapping = nn.Sequential(*layers)
 
     def forward(self, t, label=None, z=None):
-        if (label is not None) > (self.classes > 0) or (z is not None) != (self.z_dim > 0):
-            raise ValueError("this network was built without labels" if label is not None and not self.classes
-                             else f"z must be given exactly where z_dim is: z_dim is {self.z_dim}")
+        if label is not None and not self.classes:
+            raise ValueError("this network was built without labels")
+        if (z is not None) != (self.z_dim > 0):
+            raise ValueError(f"z must be given exactly where z_dim is: z_dim is {self.z_dim}")
         e = self.time(fourier_time(t, self.width).to(self.time[0].weight.dtype))
         if self.classes:
-            e = e + self.label(torch.full_like(t, self.classes, dtype=torch.long) if label is None else label)
+            if label is None:
+                label = torch.full_like(t, self.classes, dtype=torch.long)
+            e = e + self.label(label)
         if self.z_dim:  # z on the sphere of radius sqrt(z_dim): its length carries nothing
             e = e + self.mapping(z * z.square().mean(1, keepdim=True).add(1e-8).rsqrt())
         return F.silu(e)
@@ -96,11 +128,16 @@ class Block(nn.Module):
 
 def resize(x, direction, size=None):
     """Half the map by 2 x 2 means (odd edges kept), or repeat it to `size` (H, W)."""
-    return F.avg_pool2d(x, 2, ceil_mode=True) if direction < 0 else F.interpolate(x, size=size, mode="nearest")
+    if direction < 0:
+        return F.avg_pool2d(x, 2, ceil_mode=True)
+    return F.interpolate(x, size=size, mode="nearest")
 
 
 class Resample(nn.Module):
-    """Half the map by a strided convolution, or (direction 1) repeat it to `size` (H, W) and smooth it by a convolution."""
+    """Half the map by a strided convolution.
+
+    In direction 1 it is repeated to `size` (H, W) and smoothed by a convolution.
+    """
 
     def __init__(self, c_in, c_out, direction):
         super().__init__()
@@ -111,19 +148,22 @@ class Resample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with several heads among the pixels of a map, and then, where there is a context, from pixels to context."""
+    """Attention with several heads among the pixels of a map, and then from pixels to a context."""
 
     def __init__(self, channels, heads, context_dim=0):
         super().__init__()
         self.heads = heads
-        self.norm, self.qkv = GroupNorm(norm(channels).groups, channels, silu=False), nn.Linear(channels, 3 * channels)
+        self.norm = GroupNorm(norm(channels).groups, channels, silu=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
         if context_dim:
             self.cross_norm, self.q = nn.LayerNorm(channels), nn.Linear(channels, channels)
-            self.kv, self.cross_out = nn.Linear(context_dim, 2 * channels), zero(nn.Linear(channels, channels))
+            self.kv = nn.Linear(context_dim, 2 * channels)
+            self.cross_out = zero(nn.Linear(channels, channels))
 
     def attend(self, q, k, v):
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, L, channels / heads)
+        # (B, heads, L, channels / heads)
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def forward(self, x, context=None):
@@ -131,7 +171,8 @@ class Attention(nn.Module):
         h = self.out(self.attend(*self.qkv(h).chunk(3, -1)))
         if hasattr(self, "kv"):
             if context is None:
-                raise ValueError("this network attends to a context: give context (B, L, context_dim)")
+                raise ValueError("this network attends to a context: give context (B, L, "
+                                 "context_dim)")
             q = self.q(self.cross_norm(h + x.flatten(2).transpose(1, 2)))
             h = h + self.cross_out(self.attend(q, *self.kv(context).chunk(2, -1)))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -152,25 +193,34 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """The one U-Net. See the top of this file for its call.
 
-    in_channels   channels of x;  out_channels: of the result, default the same (twice as many for a learned variance)
+    in_channels   channels of x
+    out_channels  of the result, default the same (twice as many for a learned variance)
     size          side of x, which places the attention
     width         channels at full resolution; level i has width * multipliers[i] at size / 2^i
-    blocks        residual blocks a level, on the way down and on the way up; each pair shares a skip connection
-    attention     sides that attend, e.g. (16, 8), with `heads` heads; the middle attends too where any level does
-    classes       number of labels;  z_dim, z_layers: size of z and depth of its mapping network;  context_dim: of its vectors
+    blocks        residual blocks a level, on the way down and on the way up; each pair shares a
+                  skip connection
+    attention     sides that attend, e.g. (16, 8), with `heads` heads; the middle attends too where
+                  any level does
+    classes       number of labels
+    z_dim         size of z; z_layers: depth of its mapping network
+    context_dim   of the context's vectors
     fourier       powers n of sin, cos(2^n pi x) fed beside x, e.g. (7, 8)
-    resample      "conv" strided and plain convolutions between levels, or "biggan" inside residual blocks
+    resample      "conv" strided and plain convolutions between levels, or "biggan" inside residual
+                  blocks
     """
 
-    def __init__(self, in_channels, out_channels=None, size=16, width=64, multipliers=(1, 2, 2), blocks=2, attention=(8,),
-                 heads=4, classes=0, z_dim=0, z_layers=4, context_dim=0, fourier=(), resample="conv"):
+    def __init__(self, in_channels, out_channels=None, size=16, width=64, multipliers=(1, 2, 2),
+                 blocks=2, attention=(8,), heads=4, classes=0, z_dim=0, z_layers=4, context_dim=0,
+                 fourier=(), resample="conv"):
         super().__init__()
         if resample not in ("conv", "biggan"):
             raise ValueError(f"unknown resample {resample!r}: choose conv or biggan")
         if not multipliers:
             raise ValueError("--multipliers names no level: give at least one, e.g. 1,2")
-        if size < 2 ** (len(multipliers) - 1):
-            raise ValueError(f"{len(multipliers)} levels need at least {2 ** (len(multipliers) - 1)} pixels a side, not {size}")
+        least = 2 ** (len(multipliers) - 1)
+        if size < least:
+            raise ValueError(f"{len(multipliers)} levels need at least {least} pixels a side, not "
+                             f"{size}")
         dim = 4 * width
         self.fourier = tuple(fourier)
         self.embedding = Embedding(width, dim, classes, z_dim, z_layers)
@@ -180,24 +230,32 @@ class UNet(nn.Module):
             if side not in attention:
                 return None
             if channels % heads:
-                raise ValueError(f"{channels} channels cannot be split among {heads} heads: change --heads or --width")
+                raise ValueError(f"{channels} channels cannot be split among {heads} heads: change "
+                                 "--heads or --width")
             return Attention(channels, heads, context_dim)
 
-        levels = [(width * m, -(-size // 2 ** i)) for i, m in enumerate(multipliers)]  # channels and side of each
+        def between(channels, c, direction):
+            if resample == "conv":
+                return Resample(channels, c, direction)
+            return Block(channels, c, dim, direction)
+
+        # channels and side of each level
+        levels = [(width * m, -(-size // 2 ** i)) for i, m in enumerate(multipliers)]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels = width
         for c, side in levels:
             if len(self.down):
-                self.down.append(Resample(channels, channels, -1) if resample == "conv" else Block(channels, channels, dim, -1))
+                self.down.append(between(channels, channels, -1))
             for _ in range(blocks):
                 self.down.append(Stage(Block(channels, c, dim), attend(c, side)))
                 channels = c
         attending = next((side for _, side in levels if side in attention), None)
-        self.middle = nn.ModuleList([Stage(Block(channels, channels, dim), attend(channels, attending)),
-                                     Stage(Block(channels, channels, dim), None)])
+        self.middle = nn.ModuleList([
+            Stage(Block(channels, channels, dim), attend(channels, attending)),
+            Stage(Block(channels, channels, dim), None)])
         for c, side in reversed(levels):
             if len(self.up):
-                self.up.append(Resample(channels, c, 1) if resample == "conv" else Block(channels, c, dim, 1))
+                self.up.append(between(channels, c, 1))
                 channels = c
             for _ in range(blocks):
                 self.up.append(Stage(Block(channels + c, c, dim), attend(c, side)))
@@ -208,9 +266,11 @@ class UNet(nn.Module):
     def forward(self, x, t, label=None, z=None, context=None):
         e = self.embedding(t, label, z)
         h, skips = self.first(fourier_input(x, self.fourier)), []
-        for layer in self.down:  # every stage leaves its map for the stage of the same size on the way up
+        # every stage leaves its map for the stage of the same size on the way up
+        for layer in self.down:
             if isinstance(layer, Stage):
-                skips.append(h := layer(h, e, context))
+                h = layer(h, e, context)
+                skips.append(h)
             else:
                 h = layer(h, e)
         for layer in self.middle:
@@ -224,82 +284,33 @@ class UNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """Residual MLP for points, with the U-Net's call. in_channels is the dimension of a point; depth counts hidden blocks."""
+    """Residual MLP for points, with the U-Net's call.
 
-    def __init__(self, in_channels, out_channels=None, width=128, depth=4, classes=0, z_dim=0, z_layers=4, context_dim=0,
-                 fourier=()):
+    in_channels is the dimension of a point; depth counts hidden blocks.
+    """
+
+    def __init__(self, in_channels, out_channels=None, width=128, depth=4, classes=0, z_dim=0,
+                 z_layers=4, context_dim=0, fourier=()):
         super().__init__()
         self.fourier = tuple(fourier)
         self.embedding = Embedding(width, width, classes, z_dim, z_layers)
         self.first = nn.Linear(in_channels * (1 + 2 * len(self.fourier)) + context_dim, width)
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(
-            norm=nn.LayerNorm(width, elementwise_affine=False), scale_shift=nn.Linear(width, 2 * width),
-            hidden=nn.Linear(width, 2 * width), out=zero(nn.Linear(2 * width, width)))) for _ in range(depth))
-        self.last_norm, self.last = nn.LayerNorm(width), zero(nn.Linear(width, out_channels or in_channels))
+            norm=nn.LayerNorm(width, elementwise_affine=False),
+            scale_shift=nn.Linear(width, 2 * width),
+            hidden=nn.Linear(width, 2 * width),
+            out=zero(nn.Linear(2 * width, width)))) for _ in range(depth))
+        self.last_norm = nn.LayerNorm(width)
+        self.last = zero(nn.Linear(width, out_channels or in_channels))
 
     def forward(self, x, t, label=None, z=None, context=None):
         e = self.embedding(t, label, z)
         x = fourier_input(x, self.fourier)
-        h = self.first(x if context is None else torch.cat([x, context.mean(1)], 1))  # one pixel: it attends to the mean
+        if context is not None:  # a point is one pixel: it attends to the mean
+            x = torch.cat([x, context.mean(1)], 1)
+        h = self.first(x)
         for block in self.blocks:
             scale, shift = block["scale_shift"](e).chunk(2, 1)
-            h = h + block["out"](F.silu(block["hidden"](block["norm"](h) * (1 + scale) + shift)))
+            hidden = block["hidden"](block["norm"](h) * (1 + scale) + shift)
+            h = h + block["out"](F.silu(hidden))
         return self.last(self.last_norm(h))
-
-
-def mlp(c_in, c_out, width, activation):
-    """Three hidden layers. Their first biases are spread over the points, or every kink would pass through 0."""
-    layers = [nn.Linear(c_in, width), nn.Linear(width, width), nn.Linear(width, width)]
-    for i, layer in enumerate(layers):
-        nn.init.kaiming_normal_(layer.weight, 0.2)
-        nn.init.normal_(layer.bias, std=0.1 if i else 1.0)
-    return nn.Sequential(*(part for layer in layers for part in (layer, activation)), nn.Linear(width, c_out))
-
-
-class PointsGenerator(nn.Module):
-    """ddgan.py's generator of points, with the U-Net's call. tanh: modes are plateaus with cliffs between them, which ReLU hardly learns."""
-
-    def __init__(self, dim, width, z):
-        super().__init__()
-        self.mlp = mlp(dim + 16 + z, dim, width, nn.Tanh())
-
-    def forward(self, x, t, label=None, z=None):
-        return self.mlp(torch.cat([4 * x, fourier_time(t, 16), *([] if z is None else [z])], 1))
-
-
-class Discriminator(nn.Module):
-    """ddgan.py's D(x_s, x_t, t, label) -> logits (B,). The U-Net's blocks, from half of the map's side down to 4; for points an MLP."""
-
-    def __init__(self, shape, width, classes):
-        super().__init__()
-        self.register_buffer("r1", torch.zeros(()))  # the last penalty, to be shown until the next
-        if len(shape) == 1:
-            self.mlp = mlp(2 * shape[0] * 7 + 17, 1, width, nn.LeakyReLU(0.2))
-            return
-        downs = max(1, round(math.log2(shape[-1] / 4)))
-        channels = [width * min(2 ** i, 4) for i in range(downs)]
-        self.embedding = Embedding(width, 4 * width, classes)
-        self.first = nn.Conv2d(2 * shape[0], width, 4, stride=2, padding=1)
-        self.blocks = nn.ModuleList(Block(a, b, 4 * width, -1 if i else 0) for i, (a, b) in enumerate(zip([width, *channels], channels)))
-        self.norm, self.mix = norm(channels[-1]), nn.Conv2d(channels[-1] + 1, channels[-1], 3, padding=1)
-        side = -(-(shape[-1] // 2) // 2 ** (downs - 1))
-        self.last = nn.Linear(channels[-1] * side ** 2, 1)
-
-    def forward(self, x_s, x_t, t, label=None):
-        x = torch.cat([x_s, x_t], 1)
-        if x.ndim == 2:
-            x = fourier_input(4 * x, (-2, -1, 0))  # what is smaller than the distance between modes
-            return self.mlp(torch.cat([x, fourier_time(t, 16), spread_of_fours(x_s)], 1)).squeeze(1)
-        e, h = self.embedding(t, label), self.first(x)
-        for block in self.blocks:
-            h = block(h, e)
-        h = F.silu(self.mix(torch.cat([self.norm(h), spread_of_fours(h)], 1)))
-        return self.last(h.flatten(1)).squeeze(1)
-
-
-def spread_of_fours(h):
-    """The minibatch standard deviation (Karras 2017) of four consecutive samples each, as one more channel: (B, 1, ...)."""
-    fours = h.to(torch.promote_types(h.dtype, torch.float32)).unflatten(0, (-1, 4))
-    var = (fours - fours.mean(1, keepdim=True)).square().mean(1)  # Tensor.var is far slower along this dimension
-    std = (var + 1e-8).sqrt().flatten(1).mean(1)  # (B / 4,)
-    return std.repeat_interleave(4).view(-1, *[1] * (h.ndim - 1)).expand(-1, 1, *h.shape[2:]).to(h.dtype)

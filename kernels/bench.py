@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from common import runs
+from common import sampling
 from common.unet import UNet
 from kernels import diffuse, group_norm, noise
 
@@ -409,7 +409,7 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
 
     for batch in batches:
         a, s = torch.rand(2, batch, device=clock.device).unbind()
-        coef, t = torch.rand(5, device=clock.device), torch.full((batch,), 500.0, device=clock.device)
+        coef, t = torch.rand(5, device=clock.device), torch.full((batch,), 0.5, device=clock.device)
         x0 = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=clock.device)
         x = torch.randn(batch, *shape, device=clock.device)
         ms = {}
@@ -437,11 +437,12 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
             ms[way, "sampling"] = clock.ms(lambda: sample(None, net, x, coef, i), cold=False)
             if way == "ours" and clock.cuda:  # by the samplers' own helper
                 c = SimpleNamespace(device=clock.device)
-                ms["captured", "sampling"] = clock.ms(lambda: runs.replayed(c, sample, net, x, coef, i), cold=False)
-                (_, _, graph, _), = runs._graphs.values()
+                down = sampling.captured(sample, c, net)
+                ms["captured", "sampling"] = clock.ms(lambda: down(x, coef, i), cold=False)
+                (_, _, graph, _), = sampling._graphs.values()
                 if graph is None:  # and why has been said
                     del ms["captured", "sampling"]
-                runs._graphs.clear()
+                sampling._graphs.clear()
         try:  # google/ddpm-cifar10-32's network; per network evaluation
             from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
             width, last = options["width"], len(options["multipliers"]) - 1

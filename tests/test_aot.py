@@ -18,8 +18,9 @@ def run(*command):
     return done.stdout
 
 
-def test_one_target():
-    assert run("aot.py", "--targets", "90", "--dtypes", "bf16,fp32").strip()
+@pytest.mark.program("aot")
+def test_one_target(program):
+    assert program.strip()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 from interp_noise_diffuse import normals
-from test_noise import interpret
 
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
@@ -277,8 +276,9 @@ def test_transforms_take_the_twin(g):
     assert seen and all(seen) and not noise.traced(o)
 
 
-def test_kernels_in_the_interpreter():
-    interpret("diffuse")
+@pytest.mark.program("diffuse")
+def test_kernels_in_the_interpreter(program):
+    assert program.endswith("ok\n")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,9 +1,4 @@
 """kernels/group_norm.py: the plain twin here; the kernels in a program of their own, interpreted."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,18 +219,9 @@ def test_wrong_arguments(change, says):
     assert "\n" not in str(error.value)
 
 
-def program(name, *arguments, **environment):
-    """Run tests/<name>, one thread; its output, or fail with it."""
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *arguments],
-                          capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    assert "cases right" in program("interp_group_norm.py", TRITON_INTERPRET="1")
+@pytest.mark.program("group_norm")
+def test_kernels_in_the_interpreter(program):
+    assert "cases right" in program
 
 
 @GPU

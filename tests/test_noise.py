@@ -1,5 +1,4 @@
 """kernels/noise.py: known answers, invariance, statistics, and the Triton kernel in processes of its own."""
-import importlib.util
 import math
 import os
 import subprocess
@@ -14,16 +13,8 @@ from interp_noise_diffuse import normals, ulps, words
 from kernels import noise
 from kernels.noise import philox, randn
 
-PROGRAM = Path(__file__).with_name("interp_noise_diffuse.py")
+ROOT = Path(__file__).resolve().parent.parent
 SEED = 0x0123456789ABCDEF
-
-
-def interpret(kind):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(PROGRAM), kind], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("counter, key, expected", [  # Random123, kat_vectors
@@ -171,14 +162,15 @@ def test_imports_without_triton():
             "from kernels import noise, diffuse\n"
             "assert noise.triton is None and diffuse.triton is None\n"
             "print(float(noise.randn((1, 1), 7)[0, 0]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parents[1], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == float(randn((1, 1), 7)[0, 0])
 
 
-def test_kernel_in_the_interpreter():
-    interpret("noise")
+@pytest.mark.program("noise")
+def test_kernel_in_the_interpreter(program):
+    assert program.endswith("ok\n")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,148 +1,134 @@
-import contextlib
+"""common/runs.py: weights, checkpoints, the run in its folder; and several processes."""
 import csv
-import dataclasses
 import json
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-import ddgan
 import ddim
 import ddpm
-from common import runs
+from common import files, flags, pictures, runs
 from conftest import ROOT
+from conftest import settings as script_settings
 
 
-# ------------------------------------------------------------------------------------------------------ random draws
-def test_every_epoch_visits_each_picture_once():
-    seen = torch.cat([runs.batch_index(50, 8, seed=3, step=s) for s in range(1, 26)])  # 200 = 4 epochs, batches across their ends
-    for epoch in seen.view(4, 50):
-        assert epoch.sort().values.tolist() == list(range(50))
-    assert seen[:50].tolist() != seen[50:100].tolist()
-    assert runs.batch_index(5, 12, seed=0, step=1).shape == (12,)  # a batch may hold more than an epoch
-
-
-def test_draws_depend_on_their_three_numbers_alone():
-    def draw(*key):
-        return torch.rand(4, generator=runs.generator(*key)).tolist()
-    torch.manual_seed(0)
-    first = draw(0, runs.TIME, 7)
-    torch.manual_seed(1)
-    torch.rand(10)
-    assert draw(0, runs.TIME, 7) == first
-    assert len({tuple(draw(*k)) for k in ((0, 1, 7), (1, 0, 7), (0, 2, 7), (0, 1, 8), (2 ** 62, 1, 7), (7, 1, 0))}) == 6
-
-
-def test_streams_are_distinct():
-    names = "ORDER FLIP TIME NOISE DROP START STEP JUDGE".split()
-    assert len({getattr(runs, n) for n in names}) == len(names)
-
-
-def test_ranks_share_a_batch(monkeypatch):
-    whole = list(range(12))
-    parts = []
-    for r in range(3):
-        monkeypatch.setenv("RANK", str(r))
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        parts += whole[runs.rows(12)]
-    assert parts == whole
-
-
-# --------------------------------------------------------------------------------------------------------------- EMA
+# ------------------------------------------------------------------------------------------ weights
 def test_ema_against_its_definition():
     net = torch.nn.Linear(2, 1)
+    net.register_buffer("scale", torch.zeros(()))
     ema = runs.EMA(net, 0.9)
     mean = net.weight.detach().clone().double()
     for n in range(1, 200):
         with torch.no_grad():
             net.weight.fill_(float(n))
+            net.scale.fill_(n / 2)
         ema.update(net)
         decay = min(0.9, (1 + n) / (10 + n))
         mean = decay * mean + (1 - decay) * n
-        assert_close(ema.net.weight.double(), mean, atol=1e-4, rtol=1e-6)  # from the first update: the warm-up is soon forgotten
+        # from the first update: the warm-up is soon forgotten
+        assert_close(ema.net.weight.double(), mean, atol=1e-4, rtol=1e-6)
+        assert ema.net.scale == n / 2  # a buffer is no mean
     again = runs.EMA(torch.nn.Linear(2, 1), 0.9)
+    again.net.register_buffer("scale", torch.zeros(()))
     again.load_state_dict(ema.state_dict())
     assert again.updates == 199 and torch.equal(again.net.weight, ema.net.weight)
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-def test_written_is_all_or_nothing(tmp_path):
-    path = tmp_path / "a" / "file"
-    with runs.written(path) as f:
-        f.write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        with runs.written(path) as f:
-            f.write_text("half")
-            raise KeyboardInterrupt
-    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+def test_rates_are_each_group_s_own_share():
+    body, head = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    head.bias.requires_grad_(False)
+    groups = [dict(params=runs.learnable(body)), dict(params=runs.learnable(head), scale=0.1)]
+    optimizer = torch.optim.Adam(groups, 1.0)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
+    for rate in (0.5, 0.25):
+        runs.set_rate(optimizer, rate)
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, 0.1 * rate]
+    again = torch.optim.Adam(groups, 1.0)
+    again.load_state_dict(optimizer.state_dict())
+    runs.set_rate(again, 1.0)
+    assert [group["lr"] for group in again.param_groups] == [1.0, 0.1]
 
 
+# -------------------------------------------------------------------------------------- checkpoints
 class Evil:
     def __reduce__(self):
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "pickle", "torch pickle", "cut", "foreign", "number", "dot", "bytes",
-                                     "shape"])
+@pytest.mark.parametrize("content", ["empty", "text", "pickle", "torch pickle", "cut", "foreign",
+                                     "number", "dot", "bytes", "shape"])
 def test_bad_checkpoints_are_named_and_nothing_in_them_runs(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pt"
-    if content == "empty":
-        path.write_bytes(b"")
-    elif content == "text":
-        path.write_text("hello " * 100)
-    elif content == "pickle":
-        path.write_bytes(pickle.dumps(Evil()))
-    elif content == "torch pickle":
-        torch.save(dict(method="ddpm", config=Evil(), data={}, step=1), path)
-    elif content == "foreign":
-        torch.save({"state_dict": {"w": torch.ones(3)}}, path)
-    elif content == "number":
-        torch.save(3, path)
-    elif content in ("dot", "bytes"):
-        path.write_bytes(b"." if content == "dot" else b"\x80\x02J\x00")
-    elif content == "shape":
-        torch.save(dict(method="ddpm", config={}, data=3, step=1), path)
+    written = {"empty": b"", "text": b"hello " * 100, "pickle": pickle.dumps(Evil()), "dot": b".",
+               "bytes": b"\x80\x02J\x00"}
+    saved = {"torch pickle": dict(method="ddpm", config=Evil(), data={}, step=1),
+             "foreign": {"state_dict": {"w": torch.ones(3)}}, "number": 3,
+             "shape": dict(method="ddpm", config={}, data=3, step=1),
+             "cut": dict(method="ddpm", config={}, data={}, step=1, w=torch.ones(10000))}
+    if content in written:
+        path.write_bytes(written[content])
     else:
-        torch.save(dict(method="ddpm", config={}, data={}, step=1, w=torch.ones(10000)), path)
+        torch.save(saved[content], path)
+    if content == "cut":
         path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(ValueError, match="not a checkpoint of this project, or is damaged"):
         runs.load_checkpoint(path, ("ddpm",))
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path, capsys):
-    fields = dict(T=runs.option(7, "", low=2).metadata, multipliers=runs.option((1,), "", low=1).metadata, seed=runs.option(5, "").metadata)
+def checkpoint(path, config, **more):
+    """A file as Run.save leaves it, without weights."""
+    data = dict(data="digits", shape=[1, 4, 4], classes=["a", "b"])
+    torch.save(dict(method="ddpm", config=config, data=data, source="digits", step=1) | more, path)
+    return str(path)
 
+
+def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path):
     def read(config):
-        torch.save(dict(method="ddpm", config=config, data=dict(data="digits", shape=[1, 4, 4], classes=["a"]), source="digits", step=1),
-                   tmp_path / "c.pt")
-        c = SimpleNamespace(checkpoint=str(tmp_path / "c.pt"), method="ddpm", given=set(), name="digits", size=0, classes=(), data="digits",
-                            train_fields=fields, T=7, multipliers=(1,), seed=5, out="", sheet=0, run=tmp_path, lr=0.5, precision="fp32")
-        return runs.trained(c)[1]
-    c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", lr=9.0, seed=1))
-    assert (c.T, c.multipliers, c.out, c.lr, c.seed) == (20, (1, 2), "", 0.5, 5) and (c.size, c.classes) == (4, ("a",))
-    for config, words in ((dict(T="abc"), "damaged: T = 'abc'"), (dict(T=1), "damaged: T = 1"), (dict(multipliers=[1, -4]), "(1, -4)")):
-        with pytest.raises(SystemExit) as stopped:
-            read(config)
-        assert stopped.value.code == 2 and words in capsys.readouterr().err
+        path = checkpoint(tmp_path / "c.pt", config)
+        c = script_settings(ddpm, checkpoint=path, T=7, seed=5, guidance=0.5)
+        return runs.trained(c)[0]
+
+    c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", guidance=9.0, seed=1,
+                  conditional=True))
+    assert (c.T, c.multipliers, c.out, c.guidance, c.seed) == (20, (1, 2), "", 0.5, 5)
+    assert (c.size, c.classes, c.shape, c.labels) == (4, ("a", "b"), (1, 4, 4), 2)
+    for config, words in ((dict(T="abc"), "damaged: T = 'abc'"), (dict(T=1), "damaged: T = 1"),
+                          (dict(multipliers=[1, -4]), r"\(1, -4\)")):
+        with pytest.raises(ValueError, match=words):
+            read(config | dict(conditional=True))
 
 
-def test_pictures_without_a_class_train_as_unlabelled():
-    c = SimpleNamespace(batch=1000, seed=0, labels=3)
-    dropped = runs.drop_labels(torch.arange(1000) % 4 - 1, c, 5)
-    assert (dropped[::4] == 3).all() and 0.05 < (dropped[1::4] == 3).float().mean() < 0.15 and dropped.min() == 0
+def test_what_a_checkpoint_does_not_know_has_the_default(tmp_path):
+    """The default of row "", not the recipe's of today: it was trained before there was one."""
+    path = checkpoint(tmp_path / "c.pt", dict(conditional=True))
+    c, _ = runs.trained(script_settings(ddpm, checkpoint=path, label=1))
+    assert c.width == ddpm.RECIPES[""]["width"] != ddpm.RECIPES["digits"]["width"]
+    assert c.predict == ddpm.Config.predict
 
 
-# --------------------------------------------------------------------------------------------------------------- Run
+def test_another_script_s_setting_comes_along_where_it_is_asked_for(tmp_path):
+    path = checkpoint(tmp_path / "c.pt", dict(variance="learned", predict="mean"))
+    c = script_settings(ddim, checkpoint=path)
+    with pytest.raises(ValueError, match="is a checkpoint of ddpm.py, which ddim.py cannot use"):
+        runs.trained(c)
+    c, _ = runs.trained(c, ("ddim", "ddpm"), also=("variance",))
+    assert (c.variance, c.predict) == ("learned", "mean")
+    c, _ = runs.trained(script_settings(ddim, checkpoint=path), ("ddim", "ddpm"))
+    assert not hasattr(c, "variance")
+    checkpoint(path, dict(variance=3))
+    with pytest.raises(ValueError, match="damaged: variance = 3"):
+        runs.trained(c, ("ddim", "ddpm"), also=("variance",))
+
+
+# ---------------------------------------------------------------------------------------------- Run
 class Thing:
     """Something to save."""
     def __init__(self):
@@ -156,9 +142,8 @@ class Thing:
 
 
 def settings(folder, **more):
-    c = dict(run=folder, method="ddpm", data="digits", name="digits", iters=35, minutes=0.0, lr=0.5, batch=4, seed=0, fresh=False,
-             device=torch.device("cpu"), given=set(), train_fields=["lr", "iters", "minutes", "batch", "seed"])
-    return SimpleNamespace(**{**c, **more})
+    more = dict(run=folder, iters=35, minutes=0.0, lr=0.5, batch=4) | more
+    return script_settings(ddpm, **more)
 
 
 class Data:
@@ -187,7 +172,8 @@ def test_run_counts_saves_and_resumes(tmp_path):
         rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(f)]
     assert rows == [(10, 5.5), (20, 15.5), (25, 23.0), (30, 28.0), (35, 33.0)]
     assert json.loads((tmp_path / "r" / "config.json").read_text())["seed"] == 0
-    assert not list(runs.Run(settings(tmp_path / "r"), DATA, thing=Thing()))  # done: the same command does nothing
+    # done: the same command does nothing
+    assert not list(runs.Run(settings(tmp_path / "r"), DATA, thing=Thing()))
 
 
 def test_rows_after_the_checkpoint_are_cut(tmp_path):
@@ -197,70 +183,88 @@ def test_rows_after_the_checkpoint_are_cut(tmp_path):
         f.write("30,1.00,7\n40,1.")  # as a killed run leaves them
     for step in (run := runs.Run(settings(tmp_path, iters=30), DATA, thing=Thing())):
         run.log(loss=torch.tensor(2.0))
-    assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().split()] == ["step", "10", "20", "30"]
+    steps = [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().split()]
+    assert steps == ["step", "10", "20", "30"]
 
 
-@pytest.mark.parametrize("change,words", [(dict(lr=0.1), "lr = 0.5, not 0.1"), (dict(seed=1), "seed = 0, not 1"),
-                                          (dict(name="mnist"), "data = digits, not mnist"), (dict(method="ddim"), "checkpoint of ddpm.py")])
-def test_a_changed_setting_is_named(change, words, tmp_path, capsys):
+def test_columns_may_come_go_and_change_places_between_two_runs(tmp_path):
+    """Who adds a number to run.log keeps the old rows, each value under its own name."""
+    def train(iters, **values):
+        for step in (run := runs.Run(settings(tmp_path, iters=iters), DATA, thing=Thing())):
+            run.log(**values)
+
+    train(10, loss=1.0, error=torch.tensor([2.0, 3.0]))
+    train(20, snr=4.0, error=torch.tensor([5.0, 6.0, 7.0]), loss=8.0)
+    train(30, error=torch.tensor([9.0]))
+    with open(tmp_path / "metrics.csv") as f:
+        rows = list(csv.DictReader(f))
+    columns = "loss error_1 error_2 snr error_3".split()
+    assert [row["step"] for row in rows] == ["10", "20", "30"]
+    assert [[row[name] for name in columns] for row in rows] == [
+        ["1", "2", "3", "", ""], ["8", "5", "6", "4", "7"], ["", "9", "", "", ""]]
+    assert all(None not in row and len(row) == 7 for row in rows)
+    pictures.curves(tmp_path)  # holes are left out
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_names_that_change_within_a_run_are_told(tmp_path):
+    with pytest.raises(ValueError, match="has snr in update 3, and before loss: log the same"):
+        for step in (run := runs.Run(settings(tmp_path), DATA, thing=Thing())):
+            run.log(**{"snr" if step == 3 else "loss": 1.0})
+
+
+def test_a_new_flag_does_not_stop_an_older_run(tmp_path):
+    """Its default, by row "" of RECIPES, is what the run had; another value is an error."""
+    c = settings(tmp_path, iters=10)
+    for step in (run := runs.Run(c, DATA, thing=Thing())):
+        run.log(loss=1.0)
+
+    def resumed(value, in_row=None):
+        c = settings(tmp_path, iters=20)
+        c.fields = c.fields | dict(gamma=flags.option(0.0, "new"))
+        c.fields["gamma"].name, c.fields["gamma"].type = "gamma", float
+        c.defaults = c.defaults | dict(gamma=0.0 if in_row is None else in_row)
+        c.gamma = value
+        return runs.Run(c, DATA, thing=Thing())
+    assert resumed(0.0).step == 10 and resumed(5.0, in_row=5).step == 10
+    for wrong in ((1.0,), (0.0, 5)):
+        with pytest.raises(ValueError, match=f"gamma = {float((*wrong, 0.0)[1])}, not {wrong[0]}"):
+            resumed(*wrong)
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(lr=0.1), "lr = 0.5, not 0.1"), (dict(seed=1), "seed = 0, not 1"),
+    (dict(name="mnist"), "data = digits, not mnist"),
+    (dict(method="ddim"), "checkpoint of ddpm.py")])
+def test_a_changed_setting_is_named(change, words, tmp_path, monkeypatch, capsys):
     for step in (run := runs.Run(settings(tmp_path, iters=10), DATA, thing=Thing())):
         run.log(loss=torch.tensor(1.0))
+    monkeypatch.setattr(files, "program", "ddpm.py")
     with pytest.raises(SystemExit) as stopped:
         runs.Run(settings(tmp_path, **change), DATA, thing=Thing())
     assert stopped.value.code == 2 and words in capsys.readouterr().err
     runs.Run(settings(tmp_path, iters=40, minutes=3.0), DATA, thing=Thing())
-    assert list(runs.Run(settings(tmp_path, fresh=True, lr=0.1, iters=10), DATA, thing=Thing()))[0] == 1
+    anew = runs.Run(settings(tmp_path, fresh=True, lr=0.1, iters=10), DATA, thing=Thing())
+    assert list(anew)[0] == 1
 
 
-def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SAVE_EVERY", -1.0)
     thing = Thing()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match="update 17 is not finite"):
         for step in (run := runs.Run(settings(tmp_path), DATA, thing=thing)):
             thing.value = step
             run.log(loss=torch.tensor(math.nan if step >= 17 else 1.0))
-    assert stopped.value.code == 2 and "update 17 is not finite" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoint.pt")["thing"]["value"] == 10
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     net = torch.nn.Linear(2, 1)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match="a weight after update 5"):
         for step in (run := runs.Run(settings(tmp_path, iters=5), DATA, net=net)):
             run.log(loss=torch.tensor(1.0))
             net.weight.data[0, 0] = math.nan
-    assert stopped.value.code == 2 and "a weight after update 5" in capsys.readouterr().err
     assert not (tmp_path / "checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize("script,flags,dtype", [
-    ("ddpm", "", torch.bfloat16), ("ddpm", "--precision fp32", torch.float32), ("ddpm", "--predict mean", torch.float32),
-    ("ddgan", "--data gaussians", torch.float32), ("ddim", "--data swirl --predict eps", torch.float32), ("ddgan", "", torch.bfloat16)])
-def test_bf16_is_used_where_it_resolves_what_counts(script, flags, dtype, monkeypatch, capsys):
-    script = __import__(script)
-    monkeypatch.setattr(signal, "signal", lambda *which: None)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr("sys.argv", ["script.py", "--train", "--device", "cpu", *flags.split()])
-    c = runs.parse(script.__name__, script.Config, script.RECIPES, "")
-    assert c.precision == {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]  # what config.json says
-    with runs.autocast(c):
-        assert torch.nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == dtype
-    if dtype == torch.float32 and "fp32" not in flags:
-        monkeypatch.setattr("sys.argv", [*sys.argv, "--precision", "bf16"])
-        with pytest.raises(SystemExit) as stopped:
-            runs.parse(script.__name__, script.Config, script.RECIPES, "")
-        assert stopped.value.code == 2 and "--precision bf16 is too coarse" in capsys.readouterr().err
-
-
-def test_samples_are_drawn_in_order_and_refused_where_not_finite(capsys):
-    c = SimpleNamespace(device=torch.device("cpu"), checkpoint="some/checkpoint.pt")
-    x, watch = runs.draw(c, lambda first, n, y: torch.arange(first, first + n) + 1000.0 * y, 600, torch.arange(600) % 3)
-    assert_close(x, torch.arange(600) + 1000.0 * (torch.arange(600) % 3))
-    assert [n for n, _ in watch.laps] == [256, 256, 88]
-    for bad in (math.nan, math.inf):
-        with pytest.raises(SystemExit) as stopped:
-            runs.draw(c, lambda first, n, y: torch.tensor([0.0] * (n - 1) + [bad]), 300)
-        assert stopped.value.code == 2 and "some/checkpoint.pt draws samples that are not finite" in capsys.readouterr().err
 
 
 def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):
@@ -269,7 +273,8 @@ def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):
 
     def train(minutes):
         done = 0
-        for step in (run := runs.Run(settings(tmp_path, iters=1000, minutes=minutes), DATA, thing=Thing())):
+        c = settings(tmp_path, iters=1000, minutes=minutes)
+        for step in (run := runs.Run(c, DATA, thing=Thing())):
             now[0] += 6.0
             done += 1
             run.log(loss=torch.tensor(1.0))
@@ -277,123 +282,42 @@ def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):
     assert train(1.0) == 10 and train(1.0) == 0 and train(1.5) == 5
 
 
-# ----------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 def test_averaged_gradients_are_those_of_the_whole_batch(tmp_path):
     """Two processes over gloo, with a double backward in the loss, as R1 has."""
     program = tmp_path / "p.py"
     program.write_text("""
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from types import SimpleNamespace
-from common import runs
+from common import draws, processes
 torch.set_num_threads(1)
-c = SimpleNamespace(batch=6, device=torch.device("cpu"))
-runs.join(c)
-torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
-x = torch.randn(6, 3, dtype=torch.float64)[runs.rows(6)].requires_grad_()
-y = net(x)
-slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
-(y.square().mean() + slope.square().sum(1).mean()).backward()
-runs.average_gradients(net.parameters())
-if runs.rank() == 0:
-    torch.save([p.grad for p in net.parameters()], sys.argv[2])
-runs.leave()
-""")
-    for n in (1, 2):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", program, ROOT,
-                        tmp_path / f"{n}.pt"], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    for one, two in zip(torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")):
-        assert one is not None and one.abs().max() > 0 or one.numel() == 1
-        assert_close(one, two, rtol=1e-12, atol=1e-14)
 
-
-class FakeGraph:
-    """A CUDA graph without CUDA: replay runs the step again on the very tensors it was captured with, into the same results."""
-
-    def __init__(self):
-        self.again = None
-
-    def replay(self):
-        for kept, new in zip(self.results, self.again()):
-            kept.copy_(new)
-
-
-def test_replayed_captures_once_for_each_shape_and_hands_over_every_tensor(monkeypatch):
-    captured = []
-
-    @contextlib.contextmanager
-    def capture(graph):
-        captured.append(graph)
-        yield
-
-    def step(c, net, x, t, label):
-        def compute():
-            return net.scale * x + t, x - t if label is None else x * label
-        results = compute()
-        if captured and captured[-1].again is None:
-            captured[-1].again, captured[-1].results = compute, results
-        return results
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(current_stream=lambda: stream, Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(),
-                            CUDAGraph=FakeGraph, graph=capture).items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(runs, "_graphs", {})
-    c, plain = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=torch.device("cpu"))
-    nets = SimpleNamespace(scale=2.0), SimpleNamespace(scale=-1.0)
-    for net in nets:
-        for size in (4, 3, 4):  # the second batch of four replays the first one's graph
-            x = torch.arange(size).float()
-            for label in (None, torch.arange(size).float()):
-                for t in torch.tensor([[5.0], [2.0]]):
-                    for got, want in zip(runs.replayed(c, step, net, x, t, label), runs.replayed(plain, step, net, x, t, label)):
-                        assert_close(got, want)
-    assert len(captured) == 8  # two networks, two sizes, with label and without
-
-
-def test_replayed_without_capture_says_why_and_goes_on(monkeypatch, capsys):
-    def refuse(graph):
-        raise RuntimeError("operation not\npermitted when stream is capturing")
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(current_stream=lambda: stream, Stream=lambda: stream, stream=lambda s: contextlib.nullcontext(),
-                            set_stream=lambda s: None, CUDAGraph=FakeGraph, graph=refuse).items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(runs, "_graphs", {})
-    c = SimpleNamespace(device=torch.device("cuda"))
-
-    def triple(c, x):
-        return 3 * x
-    for value in (1.0, 2.0):
-        assert runs.replayed(c, triple, torch.tensor(value)) == 3 * value
-    assert capsys.readouterr().err == "sampling without a CUDA graph: operation not permitted when stream is capturing\n"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", [ddpm, ddim, ddgan])
-def test_gpu_a_replayed_step_gives_the_very_pictures_of_the_step(script, monkeypatch):
-    monkeypatch.setattr(runs, "_graphs", {})
+def gradients():
     torch.manual_seed(0)
-    fields = dataclasses.asdict(script.Config()) | dict(width=32, attention=(8,), labels=0, seed=3, precision="fp32", eta=1.0)
-    c = SimpleNamespace(**fields, device=torch.device("cuda:0"))
-    net = script.network(c, (1, 16, 16)).cuda()
-    torch.nn.init.normal_(net.last.weight, std=0.1)
-    steps = () if script is ddgan else (7,)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    net = net.double()
+    x = torch.randn(6, 3, dtype=torch.float64)[draws.part(6)].requires_grad_()
+    y = net(x)
+    slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (y.square().mean() + slope.square().sum(1).mean()).backward()
+    processes.average_gradients(net)
+    return [p.grad for p in net.parameters()]
 
-    def pictures():
-        return [script.sample(c, net, (1, 16, 16), first, size, *steps) for first, size in ((0, 8), (8, 8), (16, 5))]
-    with monkeypatch.context() as patched:
-        patched.setattr(runs, "replayed", lambda c, step, *args: step(c, *args))
-        want = pictures()
-    got = pictures()
-    assert len(runs._graphs) == 2 and all(graph is not None for _, _, graph, _ in runs._graphs.values())
-    for a, b in zip(got, want):
-        assert_close(a, b, rtol=0, atol=0)
-
-
-def test_the_first_batch_warms_up_and_is_told_as_such():
-    watch = runs.Stopwatch(torch.device("cpu"))
-    watch.laps = [(256, 10.0)]
-    assert "256 samples in 10.0 s, 4 network evaluations each, 39.1 ms per sample: here" == watch.report(4, "here")
-    watch.laps += [(256, 0.256), (100, 0.1)]
-    assert "612 samples in 10.4 s, 4 network evaluations each, 1 ms per sample once warm: here" == watch.report(4, "here")
+if __name__ == "__main__":
+    processes.join(torch.device("cpu"))
+    two = gradients()
+    if processes.rank() == 0:
+        torch.save(two, sys.argv[2])
+    processes.leave()
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node=2", program, ROOT, tmp_path / "2.pt"], timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    here = {"__name__": "p", "sys": sys}
+    argv, sys.argv = sys.argv, ["p.py", str(ROOT)]
+    exec(program.read_text(), here)  # the whole batch, in this process
+    sys.argv = argv
+    for one, two in zip(here["gradients"](), torch.load(tmp_path / "2.pt")):
+        assert one.abs().max() > 0 or one.numel() == 1
+        assert_close(one, two, rtol=1e-12, atol=1e-14)

@@ -1,10 +1,11 @@
+"""Schedules against the papers' numbers, and what follows from them against Bayes."""
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from common.schedules import SCHEDULES, alpha_bar, posterior, prediction, timesteps
+from common.schedules import SCHEDULES, alpha_bar, at, before, posterior, prediction, timesteps
 
 
 def test_linear_is_ho_2020():
@@ -41,9 +42,11 @@ def test_ddgan_reference_values():
     for T, beta in ((2, [.921324, .999451]), (4, [.478255, .849206, .956418, .987404]),
                     (8, [.156445, .381493, .546501, .667488, .756197, .821240, .868930, .903898])):
         ab = alpha_bar("ddgan", T)
-        assert_close(1 - ab[1:] / ab[:-1], torch.tensor(beta, dtype=torch.float64), atol=6e-7, rtol=0)
+        beta = torch.tensor(beta, dtype=torch.float64)
+        assert_close(1 - ab[1:] / ab[:-1], beta, atol=6e-7, rtol=0)
     c_x, c_0, _, variance = posterior(alpha_bar("ddgan", 4)[1:], alpha_bar("ddgan", 4)[:-1])
-    for mine, known in ((variance, [0, .440819, .884202, .984061]), (c_0, [1, .665778, .269191, .057822]),
+    for mine, known in ((variance, [0, .440819, .884202, .984061]),
+                        (c_0, [1, .665778, .269191, .057822]),
                         (c_x, [0, .201576, .193001, .111852])):
         assert_close(mine, torch.tensor(known, dtype=torch.float64), atol=6e-7, rtol=0)
 
@@ -59,7 +62,8 @@ def test_alpha_bar_falls_from_one(schedule, T):
 def test_posterior_against_bayes():
     """Condition the joint Gaussian of (x_s, x_t) given x0 by the matrix formula."""
     for ab_t, ab_s in ((0.3, 0.7), (1e-4, 0.9), (0.5, 0.5001), (0.2, 1.0)):
-        ab_t, ab_s = torch.tensor(ab_t, dtype=torch.float64), torch.tensor(ab_s, dtype=torch.float64)
+        ab_t = torch.tensor(ab_t, dtype=torch.float64)
+        ab_s = torch.tensor(ab_s, dtype=torch.float64)
         ratio = (ab_t / ab_s).sqrt()
         cross, var_t, var_s = ratio * (1 - ab_s), 1 - ab_t, 1 - ab_s
         c_x, c_0, beta, beta_tilde = posterior(ab_t, ab_s)
@@ -70,7 +74,10 @@ def test_posterior_against_bayes():
 
 
 def test_strided_posteriors_compose():
-    """x_t -> x_s -> 0 leaves the same Gaussian as x_t -> 0 when x0 is known: marginals of the walk are q(x_s | x0)."""
+    """x_t -> x_s -> 0 leaves the same Gaussian as x_t -> 0 when x0 is known.
+
+    The marginals of the walk are q(x_s | x0).
+    """
     ab = alpha_bar("cosine", 50)
     tau = torch.cat([torch.zeros(1, dtype=torch.long), timesteps(50, 7)])
     mean, var = ab[50].sqrt(), 1 - ab[50]  # x_T given x0 = 1
@@ -88,7 +95,9 @@ def test_timesteps_are_exactly_K(spacing):
             tau = timesteps(T, K, spacing)
             assert len(tau) == K and tau[0] >= 1 and tau[-1] == T and (tau.diff() > 0).all()
     assert timesteps(7, 7, spacing).tolist() == [1, 2, 3, 4, 5, 6, 7]
-    expected = [max(i, round(1000 * i * i / 100 + 1e-9)) for i in range(1, 11)] if spacing == "quadratic" else list(range(100, 1001, 100))
+    expected = list(range(100, 1001, 100))
+    if spacing == "quadratic":
+        expected = [max(i, round(1000 * i * i / 100 + 1e-9)) for i in range(1, 11)]
     assert timesteps(1000, 10, spacing).tolist() == expected
 
 
@@ -104,8 +113,46 @@ def test_prediction_inverts_each_kind():
         assert_close(p_x * x + p_out * out, x0, atol=1e-9, rtol=1e-9)
 
 
+def test_before_is_the_next_step_down():
+    for T, K in ((1000, 50), (7, 7), (20, 3), (9, 1)):
+        tau = timesteps(T, K)
+        s = before(tau)
+        assert s.tolist() == [0, *tau.tolist()[:-1]]
+        assert s.dtype == torch.int64 and (s < tau).all()
+    assert before(torch.arange(1, 101)).tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 4, 6)], ids=["points", "pictures"])
+def test_at_is_plain_indexing_beside_x(shape):
+    """A table's row for each sample, that multiplies every value of this sample and no other."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(shape, generator=g), torch.tensor([0, 7, 2, 7, 8])
+    column, rows = torch.randn(9, generator=g), torch.randn(9, 4, generator=g)
+    one, many = at(column, t, x), at(rows, t, x)
+    assert len(many) == 4
+    for b in range(5):
+        assert_close((one * x)[b], column[t[b]] * x[b], rtol=0, atol=0)
+        for k in range(4):
+            assert_close((many[k] * x)[b], rows[t[b], k] * x[b], rtol=0, atol=0)
+    for value in (one, *many):
+        assert value.shape == (5, *[1] * (len(shape) - 1)) and value.dtype == column.dtype
+
+
+def test_at_keeps_float64_and_slopes():
+    table = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    first, second = at(table, torch.tensor([3, 1, 3]), torch.zeros(3, 2))
+    (first + 10 * second).sum().backward()
+    assert first.dtype == torch.float64
+    assert table.grad.tolist() == [[0, 0], [1, 10], [0, 0], [2, 20]]
+
+
 def test_wrong_input_says_what_to_do():
-    for call, words in ((lambda: timesteps(1000, 0), "from 1 to 1000"), (lambda: timesteps(20, 21), "from 1 to 20"),
-                        (lambda: alpha_bar("cosin", 10), "choose from"), (lambda: timesteps(10, 5, "cubic"), "linear or quadratic")):
+    ab = alpha_bar("cosine", 10)
+    for call, words in ((lambda: timesteps(1000, 0), "from 1 to 1000"),
+                        (lambda: timesteps(20, 21), "from 1 to 20"),
+                        (lambda: alpha_bar("cosin", 10), "choose from"),
+                        (lambda: timesteps(10, 5, "cubic"), "linear or quadratic"),
+                        (lambda: prediction("score", ab[1:], ab[:-1]), "'score'.*eps, x0, mean"),
+                        (lambda: prediction("", ab[1:], ab[:-1]), "eps, x0, mean or v")):
         with pytest.raises(ValueError, match=words):
             call()

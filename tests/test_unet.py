@@ -1,8 +1,13 @@
+"""The networks: shapes, what reaches what, and each part against its definition."""
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from common.unet import MLP, UNet, fourier_input, fourier_time
+import ddpm
+from common import files
+from common.unet import MLP, Attention, UNet, build, fourier_input, fourier_time
+from conftest import settings
 
 
 def filled(net, seed=0):
@@ -16,27 +21,33 @@ def filled(net, seed=0):
 
 def unet(size=8, **more):
     torch.manual_seed(0)
-    return filled(UNet(2, size=size, **dict(dict(width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2), **more)))
+    small = dict(width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2)
+    return filled(UNet(2, size=size, **small | more))
 
 
 @pytest.mark.parametrize("resample", ["conv", "biggan"])
 @pytest.mark.parametrize("size", [8, 9, 15, 28])
 def test_any_size_keeps_its_shape(size, resample):
     net = unet(size, multipliers=(1, 2, 2), resample=resample, out_channels=4)
-    assert net(torch.randn(3, 2, size, size), torch.tensor([1., 500., 1000.])).shape == (3, 4, size, size)
+    out = net(torch.randn(3, 2, size, size), torch.tensor([0.001, 0.5, 1.0]))
+    assert out.shape == (3, 4, size, size)
 
 
 def test_starts_as_zero():
-    """Zero-initialised last layers: a new network says nothing, and each residual branch adds nothing."""
+    """Zero-initialised last layers: a new network says nothing.
+
+    And each residual branch adds nothing.
+    """
     net = UNet(2, size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2)
-    assert net(torch.randn(1, 2, 8, 8), torch.ones(1)).abs().max() == 0
+    assert net(torch.randn(1, 2, 8, 8), torch.full((1,), 0.001)).abs().max() == 0
     for block in net.modules():
         if type(block).__name__ == "Block":
             assert block.conv2.weight.abs().max() == 0
 
 
 def test_samples_of_a_batch_do_not_meet():
-    net, x, t = unet(classes=3).double(), torch.randn(4, 2, 8, 8).double(), torch.tensor([1., 20., 300., 999.])
+    net, x = unet(classes=3).double(), torch.randn(4, 2, 8, 8).double()
+    t = torch.tensor([0.001, 0.02, 0.3, 0.999])
     label = torch.tensor([0, 1, 2, 3])
     whole = net(x, t, label)
     for i in range(4):
@@ -50,41 +61,45 @@ def test_every_input_matters(kind):
     torch.manual_seed(0)
     net = unet(**options) if kind == "unet" else filled(MLP(2, width=16, depth=2, **options))
     x = torch.randn(2, 2, 8, 8) if kind == "unet" else torch.randn(2, 2)
-    given = dict(x=x, t=torch.tensor([10., 900.]), label=torch.tensor([0, 1]), z=torch.randn(2, 5), context=torch.randn(2, 7, 6))
+    given = dict(x=x, t=torch.tensor([0.01, 0.9]), label=torch.tensor([0, 1]),
+                 z=torch.randn(2, 5), context=torch.randn(2, 7, 6))
+    others = dict(x=x + 0.5, t=given["t"] + 0.05, label=torch.tensor([3, 2]), z=-given["z"],
+                  context=-given["context"])
     before = net(**given)
-    for name, other in dict(x=x + 0.5, t=given["t"] + 50, label=torch.tensor([3, 2]), z=-given["z"], context=-given["context"]).items():
-        changed = (net(**{**given, name: other}) - before).abs().flatten(1).amax(1)
+    for name, other in others.items():
+        changed = (net(**given | {name: other}) - before).abs().flatten(1).amax(1)
         assert (changed > 1e-4).all(), name
     net(**given).square().sum().backward()
-    without = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    without = [name for name, p in net.named_parameters()
+               if p.grad is None or p.grad.abs().max() == 0]
     assert not without, without
 
 
 def test_no_label_is_the_last_one():
-    net, x, t = unet(classes=3), torch.randn(2, 2, 8, 8), torch.ones(2)
+    net, x, t = unet(classes=3), torch.randn(2, 2, 8, 8), torch.full((2,), 0.001)
     assert_close(net(x, t), net(x, t, torch.tensor([3, 3])))
 
 
 def test_time_may_be_continuous():
     net, x = unet(), torch.randn(1, 2, 8, 8)
-    a, b, c = (net(x, torch.tensor([t])) for t in (500., 500.25, 501.))
+    a, b, c = (net(x, torch.tensor([t])) for t in (0.5, 0.50025, 0.501))
     assert 0 < (a - b).abs().max() < (a - c).abs().max()
 
 
 def test_fourier_features_against_numpy():
-    import numpy as np
-    t = torch.tensor([0., 1., 123.5, 1000.])
-    angle = t.numpy().astype(np.float64)[:, None] * np.exp(-np.log(10000) * np.arange(8) / 8)
-    assert_close(fourier_time(t, 16), torch.from_numpy(np.concatenate([np.cos(angle), np.sin(angle)], 1)).float(), atol=1e-4, rtol=0)
+    t = np.array([0, 1, 123.5, 1000])
+    angle = t[:, None] * np.exp(-np.log(10000) * np.arange(8) / 8)
+    wanted = torch.from_numpy(np.concatenate([np.cos(angle), np.sin(angle)], 1)).float()
+    assert_close(fourier_time(torch.from_numpy(t / 1000).float(), 16), wanted, atol=1e-4, rtol=0)
     x = torch.randn(2, 1, 3, 3)
     f = fourier_input(x, (7, 8))
     assert f.shape == (2, 5, 3, 3)
-    assert_close(f[:, 1:2].double(), torch.sin(2 ** 7 * torch.pi * x.double()), atol=1e-4, rtol=0)
+    wanted = torch.sin(2 ** 7 * torch.pi * x.double())
+    assert_close(f[:, 1:2].double(), wanted, atol=1e-4, rtol=0)
 
 
 def test_attention_against_a_loop():
     """One head at a time, pixel by pixel, in float64."""
-    from common.unet import Attention
     torch.manual_seed(1)
     layer = filled(Attention(8, 2)).double()
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
@@ -99,12 +114,58 @@ def test_attention_against_a_loop():
 
 
 def test_wrong_builds_and_calls_are_named():
-    for build, words in ((lambda: unet(heads=3), "heads"), (lambda: unet(resample="wavelet"), "conv or biggan"),
-                         (lambda: unet(size=2, multipliers=(1, 1, 1)), "at least 4 pixels")):
+    for make, words in ((lambda: unet(heads=3), "heads"),
+                        (lambda: unet(resample="wavelet"), "conv or biggan"),
+                        (lambda: unet(size=2, multipliers=(1, 1, 1)), "at least 4 pixels")):
         with pytest.raises(ValueError, match=words):
-            build()
-    x, t = torch.randn(1, 2, 8, 8), torch.ones(1)
-    for net, more, words in ((unet(), dict(label=torch.tensor([0])), "without labels"), (unet(z_dim=4), {}, "z_dim is 4"),
+            make()
+    x, t = torch.randn(1, 2, 8, 8), torch.full((1,), 0.001)
+    for net, more, words in ((unet(), dict(label=torch.tensor([0])), "without labels"),
+                             (unet(z_dim=4), {}, "z_dim is 4"),
                              (unet(context_dim=4), {}, "context")):
         with pytest.raises(ValueError, match=words):
             net(x, t, **more)
+
+
+# ------------------------------------------------------------------------------ by the flags' names
+def same(net, by_hand):
+    """Whether both have the same parameters by name and shape, of one type."""
+    shapes = [[(name, p.shape) for name, p in n.state_dict().items()] for n in (net, by_hand)]
+    return type(net) is type(by_hand) and shapes[0] == shapes[1]
+
+
+def test_build_makes_an_mlp_for_points():
+    c = settings(ddpm, data="swirl", width=16, labels=3)
+    assert same(build(c, (2,), 4), MLP(2, 4, 16, classes=3))
+    assert same(build(c, (2,), 2, z_dim=5, depth=2), MLP(2, 2, 16, 2, classes=3, z_dim=5))
+
+
+@pytest.mark.parametrize("resample", ["conv", "biggan"])
+def test_build_makes_a_channels_last_unet_for_pictures(resample):
+    c = settings(ddpm, width=8, multipliers=(1, 2), blocks=2, attention=(4,), heads=2, labels=3,
+                 resample=resample)
+    net = build(c, (3, 8, 8), 6, z_dim=5, fourier=(1,))
+    by_hand = UNet(in_channels=3, out_channels=6, size=8, width=8, multipliers=(1, 2), blocks=2,
+                   attention=(4,), heads=2, classes=3, z_dim=5, fourier=(1,), resample=resample)
+    assert same(net, by_hand)
+    for p in net.parameters():
+        assert p.ndim < 4 or p.is_contiguous(memory_format=torch.channels_last)
+    assert not net.first.weight.is_contiguous()
+    by_hand.load_state_dict(filled(net).state_dict())
+    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
+    z = torch.randn(2, 5)
+    out = net(x, t, label, z)
+    assert out.shape == (2, 6, 8, 8)
+    assert_close(out, by_hand(x, t, label, z), atol=1e-4, rtol=1e-4)
+
+
+def test_build_ends_the_program_where_the_flags_make_no_network(monkeypatch, capsys):
+    c = settings(ddpm, width=8, multipliers=(1, 2), attention=(4,), heads=3)
+    with pytest.raises(ValueError, match="--heads"):
+        build(c, (1, 8, 8), 1)
+    monkeypatch.setattr(files, "program", "ddpm.py")
+    with pytest.raises(SystemExit) as end:
+        build(c, (1, 8, 8), 1)
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ddpm.py: error: ") and "--heads" in told and told.count("\n") == 1

@@ -1,0 +1,434 @@
+"""Flags: what each may be, what they are worth by layers, and which of them rule out each other.
+
+A script declares its own in a dataclass of `option`s, takes the groups below that it obeys, and
+gives the values of groups in RECIPES. This file knows no method, no network and no run.
+
+    FLAGS = (Config, flags.Unet, flags.Training, flags.Labels, flags.Guidance)
+    c = flags.parse("ddpm", FLAGS, RECIPES, __doc__)        # from the command line
+    c = flags.settings("ddpm", FLAGS, RECIPES, lr=1e-3)     # from Python
+
+Only torch and the standard library are imported, so that --help and wrong flags answer at once.
+"""
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from common import files
+from common.data import NAMED, POINTS
+from common.files import stop
+
+ACTIONS = dict(train="train the model, or finish training it", sample="draw samples",
+               evaluate="judge samples against the data")
+ALL = " ".join(ACTIONS)
+KINDS = {int: ("N", "a whole number"), float: ("X", "a number"),
+         tuple: ("A,B", "whole numbers, e.g. 1,2"), str: ("TEXT", "text")}
+
+
+# --------------------------------------------------------------------------------- declarations
+def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int,
+           acts=False, needs="", idles="", one_for_each="", of_pictures=False, fp32=()):
+    """A field of a dataclass that is a flag too.
+
+    use: the actions that read it; given without one of these, it is an error. What --train reads
+    belongs to the model: a checkpoint keeps it.
+    low, high: bounds that are allowed, and above: one that is not; high may name another flag,
+    which sets no bound where it is 0.
+    part: of a tuple given as a,b,c; Path: any number of files.
+    acts: given alone, such a flag asks for --sample.
+    needs: flags that must not be off (False, empty, or at their low bound) for this one to do
+    anything; idles: flags that do nothing beside this one. Given all the same, they are an error.
+    one_for_each: a flag that says how many numbers a tuple has, if not none.
+    of_pictures: an error with points. fp32: values for which bf16 is too coarse.
+    """
+    return dataclasses.field(default=default, metadata=locals())
+
+
+@dataclasses.dataclass
+class Shared:
+    """What all scripts have, without naming it."""
+    data: str = option("digits", f"{', '.join(NAMED)}, or a folder or archive (.zip .tar .tar.gz "
+                       ".tar.xz) of pictures", ALL)
+    data_root: str = option("data", "where named data sets are kept and fetched to", ALL)
+    size: int = option(0, "resize pictures to this side; 0: the data's own", ALL, low=0,
+                       of_pictures=True)
+    classes: tuple = option((), "keep only these classes, e.g. airplane,bird", ALL, part=str,
+                            of_pictures=True)
+    run: str = option("", "folder of the run; default runs/<method>-<data>", ALL)
+    fresh: bool = option(False, "start over, whatever the folder holds")
+    n: int = option(0, "how many samples; default 64 pictures or 1000 points, and 1000 for "
+                    "--evaluate", "sample evaluate", low=1)
+    seed: int = option(0, "of every random number", ALL, low=0, high=2 ** 63 - 1)
+    out: str = option("", ".png a grid, .gif the trajectory, .npz, or a folder of PNGs; default "
+                      "samples.png in the run", "sample")
+    checkpoint: str = option("", "sample from this file instead of the run's own",
+                             "sample evaluate")
+    inception: str = option("", "the standard Inception network as a TorchScript file, for FID "
+                            "and IS", "evaluate", of_pictures=True)
+    device: str = option("auto", "where to compute", ALL, choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "bf16: mixed; auto: bf16 where the hardware has it", ALL,
+                            choices=("auto", "fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", ALL)
+
+
+# The groups that a script may take. They carry no values: those stand in its RECIPES, first row.
+@dataclasses.dataclass
+class Unet:
+    """The network's size. Points have an MLP, of which width alone is set."""
+    width: int = option(0, "channels at full resolution", low=1)
+    multipliers: tuple = option((), "of the width, one for each level of the U-Net", low=1,
+                                of_pictures=True)
+    blocks: int = option(0, "residual blocks a level", low=1, of_pictures=True)
+    attention: tuple = option((), "sides of the maps that attend, where there are such; none: ''",
+                              low=1, of_pictures=True)
+    heads: int = option(0, "attention heads", low=1, needs="attention", of_pictures=True)
+    resample: str = option("conv", "between levels", choices=("conv", "biggan"), of_pictures=True)
+
+
+@dataclasses.dataclass
+class Training:
+    """How long, how many, how fast."""
+    iters: int = option(0, "updates in all", low=1)
+    minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
+    batch: int = option(0, "pictures in an update", low=1)
+    lr: float = option(0.0, "learning rate of Adam", above=0)
+    ema: float = option(0.0, "decay of the mean of the weights that samples are drawn with",
+                        low=0, high=0.999999)
+    flip: bool = option(False, "mirror half of the pictures", of_pictures=True)
+
+
+@dataclasses.dataclass
+class Labels:
+    """Classes."""
+    conditional: bool = option(False, "learn class labels too")
+    label: int = option(-1, "draw only this class; default each in turn", "sample", low=0,
+                        needs="conditional")
+
+
+@dataclasses.dataclass
+class Guidance:
+    """Without a classifier (Ho 2022): a tenth of the labels is dropped in training."""
+    guidance: float = option(1.0, "classifier-free guidance: eps + (w - 1)(eps - eps without "
+                             "label)", "sample evaluate", low=0, needs="conditional")
+
+
+# ---------------------------------------------------------------------------------------- values
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def text(value):
+    """A flag's value as the user would write it."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return str(value)
+
+
+def unfit(m, values):
+    """The bound of an option's metadata that one of the values breaks, in words; None: they fit."""
+    high = math.inf if m["high"] is None or isinstance(m["high"], str) else m["high"]
+    for v in values:
+        if isinstance(v, float) and not math.isfinite(v):
+            return "finite"
+        if m["low"] is not None and v < m["low"]:
+            return f"at least {m['low']}"
+        if m["above"] is not None and v <= m["above"]:
+            return f"more than {m['above']}"
+        if m["choices"] is not None and v not in m["choices"]:
+            return f"of {m['choices']}"
+        if not isinstance(v, (str, Path)) and v > high:
+            return f"at most {high}"
+    return None
+
+
+def _read(field, given):
+    """A flag's value from the command line's text."""
+    m, kind = field.metadata, type(field.default)
+    try:
+        parts = filter(None, given.split(","))
+        values = tuple(map(m["part"], parts)) if kind is tuple else (kind(given),)
+    except ValueError:
+        wanted = "numbers, e.g. 0.5,1" if m["part"] is float else KINDS[kind][1]
+        raise argparse.ArgumentTypeError(f"{given!r} is not {wanted}") from None
+    wrong = unfit(m, values)
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{given} is not {wrong}")
+    return values if kind is tuple else values[0]
+
+
+def _parser(method, fields, recipes, doc):
+    parser = argparse.ArgumentParser(f"{method}.py", description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: stop(f"{message} (python {method}.py --help lists the flags)")
+    for action, help in ACTIONS.items():
+        parser.add_argument(f"--{action}", action="store_true", help=help)
+    sections = {}
+    for name, field in fields.items():
+        m, kind, use = field.metadata, type(field.default), field.metadata["use"]
+        if use not in sections:
+            sections[use] = parser.add_argument_group("for --" + use.replace(" ", ", --"))
+        values = {"default": field.default}
+        for row, changes in recipes.items():
+            if name in changes and not callable(changes[name]):
+                values[row or "default"] = changes[name]
+        if values["default"] in ("", 0, -1, (), False):
+            del values["default"]
+        shown = "; ".join(f"{row} {text(value)}" for row, value in values.items())
+        help = m["help"] + (f" ({shown})" if shown else "")
+        if m["part"] is Path:
+            more = dict(nargs="*", metavar="FILE")
+        elif kind is bool:
+            more = dict(action=argparse.BooleanOptionalAction if values else "store_true")
+        elif m["choices"]:
+            more = dict(type=functools.partial(_read, field), choices=m["choices"])
+        else:
+            more = dict(type=functools.partial(_read, field), metavar=KINDS[kind][0])
+        sections[use].add_argument(_flag(name), help=help.replace("%", "%%"), **more)
+    return parser
+
+
+def _lay(method, groups, recipes, given):
+    """The flags' values: those of the options, of each row of RECIPES that applies, and given.
+
+    Every row that applies is laid over those above it, in the table's order:
+        ""              always
+        "digits", ...   the data's own, or a folder's by its name; "pictures": any other path
+        "T=1", ...      a circumstance: where that flag has that value by the data's row or as given
+    A value may be a function of all the others. Given --iters or --minutes replace both of the
+    data's. Also set: method, name (of the data), fields (the declared ones), given (their names),
+    defaults (of the options and row ""), sheet (samples to draw; 0: as many as fit the data).
+    """
+    fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
+    data = given.get("data", fields["data"].default)
+    title = Path(data).resolve().name.split(".")[0]
+    of_folders = {row for row in recipes if row and "=" not in row} - {*NAMED}
+    own = title.lower().replace("_", "-")
+    row_of_data = data if data in NAMED else own if own in of_folders else "pictures"
+    replaced = {"iters", "minutes"} if given.keys() & {"iters", "minutes"} else set()
+    defaults = {name: f.default for name, f in fields.items()} | recipes.get("", {})
+
+    def laid(circumstances=()):
+        worth = dict(defaults)
+        for row, changes in recipes.items():
+            if row and row == row_of_data or row in circumstances:
+                worth |= {name: value for name, value in changes.items() if name not in replaced}
+        return worth | given
+
+    worth = laid()
+    circumstances = []
+    for row in recipes:
+        name, equals, value = row.partition("=")
+        if equals and text(worth[name]) == value:
+            circumstances.append(row)
+    c = argparse.Namespace(**dict.fromkeys(ACTIONS, False) | laid(circumstances))
+    c.method, c.fields, c.given = method, fields, fields.keys() & given
+    c.name = f"pictures-{title}" if title in NAMED and data not in NAMED else title
+    c.defaults = defaults
+    c.sheet = c.n
+    c.run = Path(c.run or f"runs/{method}-{c.name}")
+    for name in fields:
+        setattr(c, name, _worth(c, name, getattr(c, name)))
+    return c
+
+
+def _worth(c, name, value):
+    """A recipe's value as the option's type: 14 is 14.0 too, and a function is asked."""
+    value = value(c) if callable(value) else value
+    kind = type(c.fields[name].default)
+    return value if name == "run" or isinstance(value, kind) else kind(value)
+
+
+def default(c, name):
+    """What a flag is worth where nothing is said: by row "" of RECIPES, or by its option."""
+    return _worth(c, name, c.defaults[name])
+
+
+def trained_fields(c):
+    """Names of the flags that belong to a trained model, as a checkpoint keeps them."""
+    shared = {f.name for f in dataclasses.fields(Shared)}
+    own = [n for n, f in c.fields.items() if "train" in f.metadata["use"] and n not in shared]
+    return [*own, "seed"]
+
+
+def values(c):
+    """What a captured graph depends on: names and plain values of c, flags and what was set since.
+
+    The seed is left out, which is a tensor among a graph's arguments, and where things are kept.
+    """
+    left_out = {"seed", "n", "sheet", "out", "run", "checkpoint", "fresh", *ACTIONS}
+    plain = (int, float, str, tuple, type(None))  # bool is an int
+    return tuple(sorted((name, value) for name, value in vars(c).items()
+                        if name not in left_out and isinstance(value, plain)))
+
+
+# ----------------------------------------------------------------------------------------- rules
+def _off(c, name):
+    value = getattr(c, name)
+    return value in (False, (), "") or value == c.fields[name].metadata["low"]
+
+
+def rules(c):
+    """Stop for a flag that was given and does nothing, or passes the bound that another one sets.
+
+    Called before training, and again when a checkpoint has said what its model is.
+    """
+    only_pictures(c)
+    of_model = set(trained_fields(c))
+    for name in sorted(c.given):
+        m = c.fields[name].metadata
+        for need in m["needs"].split():
+            if not _off(c, need):
+                continue
+            if need in of_model and name not in of_model and not c.train:
+                stop(f"{_flag(name)} needs a model trained with {_flag(need)}: leave it out")
+            how = "without" if getattr(c, need) is False else "with"
+            worth = "" if getattr(c, need) is False else f" {text(getattr(c, need))}"
+            stop(f"{_flag(name)} does nothing {how} {_flag(need)}{worth}: leave it out")
+        for other in m["idles"].split():
+            if other in c.given:
+                stop(f"{_flag(other)} does nothing with {_flag(name)}: leave it out")
+        count = getattr(c, m["one_for_each"]) if m["one_for_each"] else None
+        if count is not None and len(getattr(c, name)) not in (0, count):
+            stop(f"{_flag(name)} has {len(getattr(c, name))} numbers for {m['one_for_each']} = "
+                 f"{count}: give one for each")
+        if isinstance(m["high"], str) and 0 < getattr(c, m["high"]) < getattr(c, name):
+            high = getattr(c, m["high"])
+            stop(f"{_flag(name)} {getattr(c, name)} is more than {_flag(m['high'])} {high}: "
+                 f"choose from {m['low']} to {high}")
+
+
+def only_pictures(c):
+    """Stop for a flag of pictures that was given where there are points."""
+    for name in sorted(c.given):
+        if c.fields[name].metadata["of_pictures"] and c.name in POINTS:
+            stop(f"{_flag(name)} is for pictures, and {c.name} has points: leave it out")
+
+
+def _paths(c):
+    """Stop for a path that cannot be what the flag says."""
+    if c.data not in NAMED and not os.path.exists(c.data):
+        stop(f"--data {c.data}: no such file or folder, and no data set of that name "
+             f"({', '.join(NAMED)})")
+    if os.path.isfile(c.run):
+        stop(f"--run {c.run} is a file: give a folder")
+    if c.checkpoint and c.train:
+        stop("--checkpoint is for sampling, and --train goes on from its run's own: leave out one")
+    if c.inception and not os.path.isfile(c.inception):
+        stop(f"--inception {c.inception}: no such file")
+    if not c.out:
+        return
+    out = Path(c.out)
+    if out.suffix not in (".png", ".gif", ".npz", ""):
+        stop(f"--out {out}: unknown ending, use .png, .gif, .npz or a folder")
+    if c.data in POINTS and not out.suffix:
+        stop(f"--out {out}: points go into a .png, .gif or .npz")
+    if c.n > 256 and out.suffix == ".gif":
+        stop(f"--n {c.n}: a .gif shows at most 256 samples")
+    above = (out.parent if out.suffix else out, *out.parents)
+    folder = next(place for place in above if os.path.exists(place))
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
+    if out.suffix and os.path.isdir(out) or not writable:
+        stop(f"--out {out} cannot be written: there is a folder of that name, or {folder} is not "
+             "a folder to write in")
+
+
+# ------------------------------------------------------------------------------------ both ways in
+def parse(method, groups, recipes, doc):
+    """The command line as one namespace: the actions, and every flag's value, by _lay's layers.
+
+    method: the script's name, which runs and checkpoints bear; groups: dataclasses of options;
+    recipes: the table of layers; doc: the help's head. Ends with exit status 2 and one line for
+    whatever is wrong with a flag; without an action prints the help and ends.
+    """
+    files.program = f"{method}.py"
+    fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
+    parser = _parser(method, fields, recipes, doc)
+    flagged = vars(parser.parse_args())
+    actions = {name: flagged.pop(name) for name in ACTIONS if name in flagged}
+    if any(fields[name].metadata["acts"] for name in flagged):
+        actions["sample"] = True
+    if not actions:
+        parser.print_help()
+        parser.exit()
+    c = _lay(method, groups, recipes, flagged)
+    vars(c).update(actions)
+    for name in sorted(c.given):
+        use = fields[name].metadata["use"]
+        if not any(action in use for action in actions):
+            stop(f"{_flag(name)} does nothing here: it belongs to --{use.replace(' ', ' or --')}")
+    only_pictures(c)
+    _paths(c)
+    if c.train:
+        rules(c)  # what a checkpoint brings is not known yet
+    place(c)
+    # until Run takes it over, while it trains
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+    return c
+
+
+def settings(method, groups, recipes, **given):
+    """The same namespace from Python, with the flags that are given by name. ValueError as above.
+
+    settings("ddim", FLAGS, RECIPES, checkpoint="runs/mine/checkpoint.pt", device="cpu")
+    """
+    c = _lay(method, groups, recipes, given)
+    unknown = given.keys() - c.fields
+    if unknown:
+        raise ValueError(f"{method}.py has no flag {_flag(min(unknown))}")
+    for name in sorted(c.given):
+        value = getattr(c, name)
+        wrong = unfit(c.fields[name].metadata, value if isinstance(value, tuple) else (value,))
+        if wrong:
+            raise ValueError(f"{_flag(name)} {text(value)} is not {wrong}")
+    place(c)
+    return c
+
+
+# ------------------------------------------------------------------------------------------ where
+def place(c):
+    """Set c.device, under torchrun a GPU for each process, and c.precision.
+
+    auto is bf16 on GPUs that have it and on processors with matrix units (AMX), elsewhere fp32,
+    which is faster there: AVX-512's bf16 reached half of fp32's rate in convolutions.
+    """
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(d for d in there if there[d]) if c.device == "auto" else c.device
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not there[name] or name == "cuda" and processes > torch.cuda.device_count():
+        stop(f"--device {name}: PyTorch finds none here, or fewer than there are processes; start "
+             "fewer, or give --device cpu")
+    c.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if c.precision == "auto":
+        # a private name of PyTorch's, absent in some releases: then fp32
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+        has_bf16 = dict(cuda=torch.cuda.is_bf16_supported, cpu=amx).get(name, bool)
+        c.precision = "bf16" if has_bf16() else "fp32"
+    resolve(c)
+
+
+def resolve(c):
+    """Set c.precision to fp32 where bf16 is too coarse: by a flag's value, and for points.
+
+    x_{t-1}, for a network that predicts its mean, differs little from x_t, and a mode of points is
+    0.01 wide. bf16 that was asked for is then an error.
+    """
+    coarse = ["points"] if c.name in POINTS else []
+    for name, field in c.fields.items():
+        if getattr(c, name) in field.metadata["fp32"]:
+            coarse.append(f"{_flag(name)} {getattr(c, name)}")
+    if c.precision == "bf16" and coarse:
+        if "precision" in c.given:
+            stop(f"--precision bf16 is too coarse for {coarse[0]}: leave it out")
+        c.precision = "fp32"
+
+
+def autocast(c):
+    """The context for a forward pass: bf16 mixed precision where c.precision says so."""
+    return torch.autocast(c.device.type, torch.bfloat16, enabled=c.precision == "bf16")
