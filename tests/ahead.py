@@ -2,7 +2,8 @@
 
     python ahead.py FOLDER '[["name", ["program.py", "argument"], {"VARIABLE": "value"}], ...]'
 
-Each one's output goes to FOLDER/name.txt, and then its exit status to FOLDER/name.status.
+Each one's output goes to FOLDER/name.txt, and then its exit status to FOLDER/name.status. FOLDER
+among the arguments is replaced by the folder.
 """
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 folder = Path(sys.argv[1])
 for name, arguments, environment in json.loads(sys.argv[2]):
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *arguments], cwd=Path(__file__).parent, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

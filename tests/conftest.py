@@ -35,6 +35,7 @@ SMALL = {"ddpm": [*SMALL, "--T", "100"],
          "ddim": [*SMALL, "--T", "100"],
          "ddgan": [*SMALL, "--batch", "64", "--width-d", "8", "--z", "10", "--pretrain", "50",
                    "--r1-every", "4"]}
+ITERS = {"ddpm": "200", "ddim": "200", "ddgan": "120"}
 STEPS = {"ddpm": ["--steps", "7"], "ddim": ["--steps", "7"], "ddgan": []}  # ddgan.py takes its T
 
 
@@ -58,6 +59,11 @@ def settings(script, **changes):
                        **dict(device="cpu", precision="fp32") | given)
     vars(c).update(dict(labels=0, shape=(1, 16, 16)) | changes)
     return c
+
+
+HALVES = {script: ["--train", "--iters", "30", *SMALL[script], "--device", "cpu", "--conditional"]
+          for script in SMALL}  # what two processes do, and one
+HALVES["ddgan"] += ["--pretrain", "10"]
 
 
 def command(script, *given):
@@ -96,12 +102,18 @@ def start(folder, script, *given, before="", **more):
 
 
 # ----------------------------------------------------------------------- programs that take long
-PROGRAMS = {  # in processes of their own: Triton is compiled or interpreted, for a whole process
+PROGRAMS = {  # Triton is compiled or interpreted, for a whole process; runs are killed, or shared
     "aot": (["aot.py", "--targets", "90", "--dtypes", "bf16,fp32"], {}),
     "group_norm": (["interp_group_norm.py"], {"TRITON_INTERPRET": "1"}),
     "diffuse": (["interp_noise_diffuse.py", "diffuse"], {"TRITON_INTERPRET": "1"}),
     "noise": (["interp_noise_diffuse.py", "noise"], {"TRITON_INTERPRET": "1"}),
 }
+for _script in SMALL:
+    PROGRAMS[f"killed-{_script}"] = (["killed.py", "FOLDER", _script], {})
+    PROGRAMS[f"two-{_script}"] = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--",
+         *command(_script, *HALVES[_script], "--run", f"FOLDER/two-{_script}",
+                  "--data-root", "FOLDER/data")[1:]], {})
 _ahead = {}  # process, folder
 
 
@@ -114,7 +126,9 @@ def pytest_collection_finish(session):
     """Start the programs that the tests will ask for, in one process beside them."""
     marks = [item.get_closest_marker("program") for item in session.items]
     names = list(dict.fromkeys(mark.args[0] for mark in marks if mark))
-    if not names or session.config.option.collectonly or not find_spec("triton"):
+    if not find_spec("triton"):
+        names = [name for name in names if "-" in name]
+    if not names or session.config.option.collectonly:
         return
     _ahead["folder"] = Path(tempfile.mkdtemp())
     jobs = json.dumps([[name, *PROGRAMS[name]] for name in names])
@@ -133,9 +147,9 @@ def pytest_sessionfinish():
 @pytest.fixture
 def program(request):
     """The output of the program of the test's mark, `pytest.mark.program(name)`."""
-    if "process" not in _ahead:
-        pytest.skip("Triton is not installed")
     name = request.node.get_closest_marker("program").args[0]
+    if "-" not in name:
+        pytest.importorskip("triton")
     status, output = (_ahead["folder"] / f"{name}.{ending}" for ending in ("status", "txt"))
     while not status.exists():
         assert _ahead["process"].poll() is None, "the process that runs the programs has died"
@@ -144,3 +158,9 @@ def program(request):
     failed = [line for line in text.splitlines() if "FAILED" in line]
     assert status.read_text() == "0", "\n".join(failed) or text[-3000:]
     return text
+
+
+@pytest.fixture
+def beside(program):
+    """The folder that the programs leave their runs in, once the test's own has ended."""
+    return _ahead["folder"]
