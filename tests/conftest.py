@@ -35,7 +35,7 @@ SMALL = {"ddpm": [*SMALL, "--T", "100"],
          "ddim": [*SMALL, "--T", "100"],
          "ddgan": [*SMALL, "--batch", "64", "--width-d", "8", "--z", "10", "--pretrain", "50",
                    "--r1-every", "4"]}
-ITERS = {"ddpm": "200", "ddim": "200", "ddgan": "120"}
+ITERS = {"ddpm": "200", "ddim": "200", "ddgan": "80"}
 STEPS = {"ddpm": ["--steps", "7"], "ddim": ["--steps", "7"], "ddgan": []}  # ddgan.py takes its T
 
 
@@ -104,6 +104,8 @@ def start(folder, script, *given, before="", **more):
 # ----------------------------------------------------------------------- programs that take long
 PROGRAMS = {  # Triton is compiled or interpreted, for a whole process; runs are killed, or shared
     "aot": (["aot.py", "--targets", "90", "--dtypes", "bf16,fp32"], {}),
+    "launches": (["-c", "import aot; aot.fake_launches(); aot.torn_is_seen(); "
+                  "aot.own_launcher(); print('launches right')"], {}),
     "group_norm": (["interp_group_norm.py"], {"TRITON_INTERPRET": "1"}),
     "diffuse": (["interp_noise_diffuse.py", "diffuse"], {"TRITON_INTERPRET": "1"}),
     "noise": (["interp_noise_diffuse.py", "noise"], {"TRITON_INTERPRET": "1"}),

@@ -100,13 +100,13 @@ def test_a_gan_run_learns_and_tells(place):
     rows = table(folder)
     told = ("loss_d", "loss_g", "error", "real", "fake")
     names = [f"{name}_{t}" for name in told for t in range(1, 5)]
-    assert {*names, "r1", "spread_1", "spread_4"} <= {*rows.dtype.names} and len(rows) == 12
+    assert {*names, "r1", "spread_1", "spread_4"} <= {*rows.dtype.names} and len(rows) == 8
     assert rows["error_1"][4] < 0.5 * rows["error_1"][0]  # at the end of --pretrain
     # the curves as they were on 2026-11-26 (x86-64, torch 2.13.0)
     for curve, want, rtol in (
             (rows["error_1"][:4], [0.724084, 0.652709, 0.511746, 0.377950], 5e-3),
             (rows["loss_d_1"][:4], [1.305287, 0.828070, 0.390827, 0.382047], 3e-2),
-            (rows["loss_d_1"][-2:], [1.272698, 1.272915], 3e-2)):
+            (rows["loss_d_1"][-2:], [1.188473, 1.214772], 3e-2)):
         np.testing.assert_allclose(curve, want, rtol=rtol)
     assert all(((0 <= rows[n]) & (rows[n] <= 1)).all() for n in names[12:]) and rows["r1"][-1] > 0
     # D is not asleep
@@ -373,7 +373,7 @@ def test_least_squares_stay_beside_the_gan(place):
     error = {}
     for recon in (0, 3):
         folder = place / f"recon{recon}"
-        run(place, "ddgan", "--train", "--iters", "60", *GAN, "--multipliers", 1, "--pretrain", "0",
+        run(place, "ddgan", "--train", "--iters", "40", *GAN, "--multipliers", 1, "--pretrain", "0",
             "--recon", f"{recon},0,0,0", "--run", folder)
         error[recon] = table(folder)["error_1"]
     assert error[3][-1] < 0.8 * error[0][-1]
@@ -382,16 +382,16 @@ def test_least_squares_stay_beside_the_gan(place):
 def test_least_squares_with_one_latent_ignore_it_and_with_four_do_not(place):
     spread = {}
     x, t = randn((64, 1, 8, 8), 5), torch.full((64,), 2)
-    for last in (0, 80):
+    for last in (0, 60):
         folder = place / f"latents{last}"
-        run(place, "ddgan", "--train", "--iters", 80, *GAN, "--multipliers", 1, "--pretrain", 80,
+        run(place, "ddgan", "--train", "--iters", 60, *GAN, "--multipliers", 1, "--pretrain", 60,
             "--pretrain-z", last, "--run", folder)
         c, net = ddgan.load(folder / "checkpoint.pt", device="cpu", precision="fp32")
         net.load_state_dict(weights(folder)["net"])
         with torch.no_grad():
             x0_ = [ddgan.generate(c, net, x, t, randn((64, 10), k)) for k in range(8)]
         spread[last] = torch.stack(x0_).var(0).mean()
-    assert spread[0] < 1e-3 and spread[80] > 5e-3, spread
+    assert spread[0] < 3e-4 and spread[60] > 3e-3, spread  # 3e-5 and 8e-3 (measured)
 
 
 def test_the_discriminator_rests_until_300_updates_before_the_gan_begins(place):

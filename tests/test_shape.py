@@ -14,8 +14,8 @@ METHOD = {"network", "walk", "objective", "sample", "denoise", "train", "main", 
 BANNERS = ["Flags", "Notation", "The method", "Sample", "Train", "Main"]
 NARROW = [*SCRIPTS, *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")]
 WIDE = {f"{name}.py" for name in (  # from before there was a width; it goes with the next change
-    "aot", "interp_group_norm", "interp_noise_diffuse", "test_aot", "test_bench", "test_data",
-    "test_diffuse", "test_group_norm", "test_metrics", "test_noise", "test_pictures")}
+    "aot", "interp_group_norm", "interp_noise_diffuse", "test_bench", "test_data", "test_diffuse",
+    "test_group_norm", "test_metrics", "test_noise", "test_pictures")}
 
 
 def test_a_function_of_one_name_is_one_text():
