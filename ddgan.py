@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import draws, flags, metrics, processes, runs, sampling, unet
-from common.draws import NOISE, START, STEP
+from common.draws import NOISE, START, STEP, sample_labels
 from common.files import inputs, stop
 from common.flags import option
 from common.schedules import alpha_bar, posterior
@@ -41,18 +41,20 @@ class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
     # the paper's
     T: int = option(4, "steps from data to noise, each a network evaluation; 1: a plain GAN, of "
-                    "pictures without --pretrain and with other rates", low=1, high=8)
-    z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0)
+                    "pictures without --pretrain and with other rates", low=1, high=8,
+                    of_model=True)
+    z: int = option(100, "size of the generator's latent; 0: none, x_t alone decides", low=0,
+                    of_model=True)
     fake: str = option("posterior", "how x_{t-1} comes from the generator: posterior, of q(x_{t-1} "
                        "| x_t, x0'); renoise, x0' noised anew; direct, as it is",
-                       choices=("posterior", "renoise", "direct"), needs="T")
+                       choices=("posterior", "renoise", "direct"), needs="T", of_model=True)
     gan_loss: str = option("softplus", "of the logits, Goodfellow's that does not saturate; bce: "
                            "the same by sigmoid, then log", choices=("softplus", "bce"))
     r1: float = option(1.0, "weight gamma of the penalty gamma/2 |grad D|^2 by the real x_{t-1}",
                        low=0)
     r1_every: int = option(4, "updates from penalty to penalty", low=1, needs="r1")
     width_d: int = option(64, "channels of the discriminator at half resolution, where it begins",
-                          low=2)
+                          low=2, of_model=True)
     lr_d: float = option(1.4e-3, "learning rate of the discriminator's Adam", above=0)
     decay: int = option(0, "updates over which both rates fall to 1e-5, along a cosine; 0: "
                         "constant", low=0)
@@ -103,6 +105,7 @@ RECIPES = {  # by data set or circumstance; each row that applies is laid over t
                               iters=750_000),  # a folder of this name
     "lsun": PAPER | dict(size=256, lr=1.6e-4, lr_d=1e-4, decay=985_000, iters=985_000),
     "pictures": dict(decay=100_000, flip=True),
+    "init": dict(pretrain=0),  # G knows by now what least squares teach
 }
 
 # ========================================================================================= Notation
@@ -310,7 +313,8 @@ def sample(c, net, first, n, steps=None, label=None, frames=None):
     """Samples first .. first + n - 1 of c.seed, with T network evaluations.
 
     steps: c.T or None; label: int64 (n,) or None; frames: a list that receives each step's x0'.
-    Returns (n, *c.shape).
+    Returns (n, *c.shape), about in [-1, 1]. Of c are read T, z and fake, as the model has them;
+    shape, device, precision; and seed.
     """
     if steps not in (None, c.T):
         raise ValueError(f"this model takes each of its {c.T} steps once: leave steps out")
@@ -480,6 +484,9 @@ def train(c):
                 spread=mean_by_t(c, spread, u, count_u))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
+        n = run.shows(c.T)  # from time to time a sheet of what it draws by now
+        if n:
+            run.show(sample(c, ema.net, 0, n, c.T, sample_labels(c, n)))
     if run.step <= c.pretrain:
         run.warn(f"the GAN has not begun: the first {c.pretrain} updates are least squares "
                  "(--pretrain)")

@@ -34,9 +34,11 @@ from kernels.noise import randn
 @dataclass
 class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
-    T: int = option(1000, "steps from data to noise", low=2)
-    schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES)
-    predict: str = option("v", "what the network's output is", choices=("eps", "x0", "v"))
+    T: int = option(1000, "steps from data to noise", low=2, of_model=True)
+    schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES,
+                           of_model=True)
+    predict: str = option("v", "what the network's output is", choices=("eps", "x0", "v"),
+                          of_model=True)
     warmup: int = option(100, "updates over which the learning rate rises", low=0)
     steps: int = option(0, "network evaluations; default 50, or T where that is less",
                         "sample evaluate", low=1, high="T")
@@ -145,7 +147,8 @@ def sample(c, net, first, n, steps=None, label=None, frames=None, x=None, clip=T
 
     label: int64 (n,) or None; frames: a list that receives each step's x0'; x: the noise to start
     from, instead of the seed's; clip: whether x0' is kept in [-1, 1] (pictures only). Returns
-    (n, *c.shape).
+    (n, *c.shape), about in [-1, 1]. Of c are read T, schedule and predict, as the model has them;
+    shape, labels, device, precision; and seed, guidance, spacing, eta, sigma_hat.
     """
     steps = steps or few(c)
     tau = timesteps(c.T, steps, c.spacing)
@@ -210,6 +213,9 @@ def train(c):
         optimizer.step()
         ema.update(net)
         run.log(loss=loss)
+        n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
+        if n:
+            run.show(sample(c, ema.net, 0, n, min(20, c.T), sample_labels(c, n)))
     runs.end(c, run)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common import draws, flags, metrics, processes, runs, sampling, unet
-from common.draws import JUDGE, NOISE, START, STEP
+from common.draws import JUDGE, NOISE, START, STEP, sample_labels
 from common.flags import option
 from common.schedules import SCHEDULES, alpha_bar, at, before, posterior, prediction, timesteps
 from kernels.diffuse import add_noise, denoise_step
@@ -31,12 +31,13 @@ from kernels.noise import randn
 @dataclass
 class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
-    T: int = option(1000, "steps from data to noise", low=2)
-    schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES)
+    T: int = option(1000, "steps from data to noise", low=2, of_model=True)
+    schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES,
+                           of_model=True)
     predict: str = option("v", "what the network's output is", choices=("eps", "x0", "mean", "v"),
-                          fp32=("mean",))
+                          of_model=True, fp32=("mean",))
     variance: str = option("beta", "of a reverse step; learned: between the other two (L_hybrid)",
-                           choices=("beta", "beta-tilde", "learned"))
+                           choices=("beta", "beta-tilde", "learned"), of_model=True)
     warmup: int = option(100, "updates over which the learning rate rises", low=0)
     steps: int = option(0, "network evaluations; default T, and at most 50 for --evaluate",
                         "sample evaluate", low=1, high="T")
@@ -162,7 +163,9 @@ def few(c):
 def sample(c, net, first, n, steps=None, label=None, frames=None):
     """Algorithm 2 over `steps` of the T steps: samples first .. first + n - 1 of c.seed.
 
-    label: int64 (n,) or None; frames: a list that receives each step's x0'. Returns (n, *c.shape).
+    label: int64 (n,) or None; frames: a list that receives each step's x0'. Returns (n, *c.shape),
+    about in [-1, 1]. Of c are read T, schedule, predict and variance, as the model has them; shape,
+    labels, device, precision; and seed, guidance.
     """
     steps = steps or few(c)
     tau = timesteps(c.T, steps)
@@ -230,6 +233,9 @@ def train(c):
         optimizer.step()
         ema.update(net)
         run.log(loss=loss)
+        n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
+        if n:
+            run.show(sample(c, ema.net, 0, n, min(20, c.T), sample_labels(c, n)))
     runs.end(c, run)
 
 

@@ -82,12 +82,22 @@ def drop_labels(label, c, step, share):
     return torch.where(dropped | (label < 0), c.labels, label)
 
 
-def sample_labels(c, n, label=-1):
-    """Labels (n,) on c.device: this one, or (-1) each class in turn; None where none are learnt."""
+def sample_labels(c, n, label=""):
+    """Labels (n,) on c.device: this class's, or with "" each in turn; None where none are learnt.
+
+    label: a name of c.classes, or a number; a name wins.
+    """
     if not c.labels:
         return None
-    if label >= c.labels:
-        stop(f"--label {label}: this model has labels 0 to {c.labels - 1}")
-    if label >= 0:
-        return torch.full((n,), label, device=c.device)
-    return torch.arange(n, device=c.device) % c.labels
+    if label == "":
+        return torch.arange(n, device=c.device) % c.labels
+    names = [str(name) for name in c.classes]
+    if label in names:
+        number = names.index(label)
+    elif label.isdecimal() and int(label) < c.labels:
+        number = int(label)
+    else:
+        more = " ..." * (len(names) > 20)
+        stop(f"--label {label}: this model has no such class, but {', '.join(names[:20])}{more}, "
+             f"or their numbers 0 to {c.labels - 1}")
+    return torch.full((n,), number, device=c.device)

@@ -1,4 +1,4 @@
-"""Errors of one line, and files that are whole or not there at all.
+"""Errors of one line, files that are whole or not there at all, and checkpoints as they are read.
 
 It knows neither flags nor runs nor networks.
 """
@@ -6,6 +6,8 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+
+import torch
 
 from common.processes import rank
 
@@ -51,3 +53,26 @@ def written(path):
         raise OSError(f"{path} cannot be written: {fault}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, methods, otherwise="train first (--train), or give --checkpoint FILE"):
+    """The dict that Run.save wrote, on the CPU; executes nothing from the file.
+
+    ValueError where there is none (otherwise: what to do then), it is damaged, or of another script
+    than `methods`.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        method, data, _ = saved["method"], saved["data"], saved["step"] + 1
+        if len(data["shape"]) not in (1, 3):
+            raise ValueError("shape")
+        if not all(isinstance(n, int) and n > 0 for n in data["shape"]):
+            raise ValueError("shape")
+        data | saved["config"] | dict(classes=sorted(data["classes"]))  # all of them what they seem
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: {otherwise}") from None
+    except Exception:  # a damaged or foreign file raises anything
+        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged") from None
+    if method not in methods:
+        raise ValueError(f"{path} is a checkpoint of {method}.py, which {methods[0]}.py cannot use")
+    return saved

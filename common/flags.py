@@ -10,6 +10,7 @@ gives the values of groups in RECIPES. This file knows no method, no network and
 Only torch and the standard library are imported, so that --help and wrong flags answer at once.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,13 +28,15 @@ from common.files import stop
 ACTIONS = dict(train="train the model, or finish training it", sample="draw samples",
                evaluate="judge samples against the data")
 ALL = " ".join(ACTIONS)
+INIT = "give --init the checkpoint of a run"
 KINDS = {int: ("N", "a whole number"), float: ("X", "a number"),
          tuple: ("A,B", "whole numbers, e.g. 1,2"), str: ("TEXT", "text")}
 
 
 # --------------------------------------------------------------------------------- declarations
 def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int,
-           acts=False, needs="", idles="", one_for_each="", of_pictures=False, fp32=()):
+           acts=False, needs="", idles="", one_for_each="", of_pictures=False, of_model=False,
+           fp32=()):
     """A field of a dataclass that is a flag too.
 
     use: the actions that read it; given without one of these, it is an error. What --train reads
@@ -45,7 +48,8 @@ def option(default, help, use="train", low=None, high=None, above=None, choices=
     needs: flags that must not be off (False, empty, or at their low bound) for this one to do
     anything; idles: flags that do nothing beside this one. Given all the same, they are an error.
     one_for_each: a flag that says how many numbers a tuple has, if not none.
-    of_pictures: an error with points. fp32: values for which bf16 is too coarse.
+    of_pictures: an error with points. of_model: --init takes it from the file, since the weights
+    there mean nothing without it. fp32: values for which bf16 is too coarse.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -61,6 +65,8 @@ class Shared:
     classes: tuple = option((), "keep only these classes, e.g. airplane,bird", ALL, part=str,
                             of_pictures=True)
     run: str = option("", "folder of the run; default runs/<method>-<data>", ALL)
+    init: str = option("", "begin with the weights of this checkpoint, and with its network, T, "
+                       "schedule, prediction and size: fine-tuning")
     fresh: bool = option(False, "start over, whatever the folder holds")
     n: int = option(0, "how many samples; default 64 pictures or 1000 points, and 1000 for "
                     "--evaluate", "sample evaluate", low=1)
@@ -81,14 +87,16 @@ class Shared:
 @dataclasses.dataclass
 class Unet:
     """The network's size. Points have an MLP, of which width alone is set."""
-    width: int = option(0, "channels at full resolution", low=1)
+    width: int = option(0, "channels at full resolution", low=1, of_model=True)
     multipliers: tuple = option((), "of the width, one for each level of the U-Net", low=1,
-                                of_pictures=True)
-    blocks: int = option(0, "residual blocks a level", low=1, of_pictures=True)
+                                of_pictures=True, of_model=True)
+    blocks: int = option(0, "residual blocks a level", low=1, of_pictures=True, of_model=True)
     attention: tuple = option((), "sides of the maps that attend, where there are such; none: ''",
-                              low=1, of_pictures=True)
-    heads: int = option(0, "attention heads", low=1, needs="attention", of_pictures=True)
-    resample: str = option("conv", "between levels", choices=("conv", "biggan"), of_pictures=True)
+                              low=1, of_pictures=True, of_model=True)
+    heads: int = option(0, "attention heads", low=1, needs="attention", of_pictures=True,
+                        of_model=True)
+    resample: str = option("conv", "between levels", choices=("conv", "biggan"), of_pictures=True,
+                           of_model=True)
 
 
 @dataclasses.dataclass
@@ -106,9 +114,9 @@ class Training:
 @dataclasses.dataclass
 class Labels:
     """Classes."""
-    conditional: bool = option(False, "learn class labels too")
-    label: int = option(-1, "draw only this class; default each in turn", "sample", low=0,
-                        needs="conditional")
+    conditional: bool = option(False, "learn class labels too", of_model=True)
+    label: str = option("", "draw only this class, by name or number; default each in turn",
+                        "sample", needs="conditional")
 
 
 @dataclasses.dataclass
@@ -195,23 +203,31 @@ def _parser(method, fields, recipes, doc):
 
 
 def _lay(method, groups, recipes, given):
-    """The flags' values: those of the options, of each row of RECIPES that applies, and given.
+    """The flags' values: by the options, each row of RECIPES that applies, --init, and as given.
 
     Every row that applies is laid over those above it, in the table's order:
         ""              always
         "digits", ...   the data's own, or a folder's by its name; "pictures": any other path
-        "T=1", ...      a circumstance: where that flag has that value by the data's row or as given
+        "T=1", ...      a circumstance: where that flag has that value by what else is laid
+        "init"          a circumstance: where that flag is given at all
     A value may be a function of all the others. Given --iters or --minutes replace both of the
     data's. Also set: method, name (of the data), fields (the declared ones), given (their names),
-    defaults (of the options and row ""), sheet (samples to draw; 0: as many as fit the data).
+    defaults (of the options and row ""), sheet (samples to draw; 0: as many as fit the data), text
+    (the script's own).
     """
     fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
     data = given.get("data", fields["data"].default)
     title = Path(data).resolve().name.split(".")[0]
-    of_folders = {row for row in recipes if row and "=" not in row} - {*NAMED}
+    c = argparse.Namespace(method=method, fields=fields, given=fields.keys() & given)
+    c.name = f"pictures-{title}" if title in NAMED and data not in NAMED else title
+    c.run = Path(given.get("run") or f"runs/{method}-{c.name}")
+    c.text = _text_of(groups[0])
+
+    of_folders = {row for row in recipes if row and "=" not in row} - {*NAMED, *fields}
     own = title.lower().replace("_", "-")
     row_of_data = data if data in NAMED else own if own in of_folders else "pictures"
     replaced = {"iters", "minutes"} if given.keys() & {"iters", "minutes"} else set()
+    of_file = _of_file(c, given)
     defaults = {name: f.default for name, f in fields.items()} | recipes.get("", {})
 
     def laid(circumstances=()):
@@ -219,23 +235,59 @@ def _lay(method, groups, recipes, given):
         for row, changes in recipes.items():
             if row and row == row_of_data or row in circumstances:
                 worth |= {name: value for name, value in changes.items() if name not in replaced}
-        return worth | given
+        return worth | of_file | given
 
     worth = laid()
     circumstances = []
     for row in recipes:
         name, equals, value = row.partition("=")
-        if equals and text(worth[name]) == value:
+        if equals and text(worth[name]) == value or row in fields and worth[row]:
             circumstances.append(row)
-    c = argparse.Namespace(**dict.fromkeys(ACTIONS, False) | laid(circumstances))
-    c.method, c.fields, c.given = method, fields, fields.keys() & given
-    c.name = f"pictures-{title}" if title in NAMED and data not in NAMED else title
+    worth = dict.fromkeys(ACTIONS, False) | laid(circumstances)
+    vars(c).update({name: value for name, value in worth.items() if name != "run"})
     c.defaults = defaults
     c.sheet = c.n
-    c.run = Path(c.run or f"runs/{method}-{c.name}")
     for name in fields:
         setattr(c, name, _worth(c, name, getattr(c, name)))
     return c
+
+
+def _text_of(group):
+    """The text of the file that a class stands in, "" where there is none."""
+    file = getattr(sys.modules.get(group.__module__), "__file__", None)
+    with contextlib.suppress(OSError, TypeError, UnicodeError):
+        return Path(file).read_text(encoding="utf-8")
+    return ""
+
+
+def _of_file(c, given):
+    """What --init takes from its file: the options of_model, and the pictures' size.
+
+    From the run's own checkpoint where there is one to go on from: the file is read at update 0
+    only, and need not be there any more.
+    """
+    if not given.get("init"):
+        return {}
+    own = c.run / "checkpoint.pt"
+    path = own if own.exists() and not given.get("fresh") else given["init"]
+    with files.inputs():
+        saved = files.load_checkpoint(path, (c.method,), INIT)
+        values = {}
+        for name, field in c.fields.items():
+            if field.metadata["of_model"] and name in saved["config"]:
+                values[name] = checked(field, saved["config"][name], path)
+    if len(saved["data"]["shape"]) == 3 and c.name not in POINTS:
+        values["size"] = saved["data"]["shape"][-1]
+    return values
+
+
+def checked(field, value, path):
+    """A flag's value as a checkpoint has it: nothing in a file is believed. Else a ValueError."""
+    value = tuple(value) if isinstance(value, list) else value
+    each = value if isinstance(value, tuple) else (value,)
+    if not isinstance(value, type(field.default)) or unfit(field.metadata, each):
+        raise ValueError(f"{path} is damaged: {field.name} = {value!r}")
+    return value
 
 
 def _worth(c, name, value):
@@ -262,7 +314,7 @@ def values(c):
 
     The seed is left out, which is a tensor among a graph's arguments, and where things are kept.
     """
-    left_out = {"seed", "n", "sheet", "out", "run", "checkpoint", "fresh", *ACTIONS}
+    left_out = {"seed", "n", "sheet", "out", "run", "checkpoint", "fresh", "init", "text", *ACTIONS}
     plain = (int, float, str, tuple, type(None))  # bool is an int
     return tuple(sorted((name, value) for name, value in vars(c).items()
                         if name not in left_out and isinstance(value, plain)))

@@ -10,6 +10,7 @@
 
 It calls nothing back and knows no method: what is trained are objects with a state_dict.
 """
+import ast
 import copy
 import csv
 import json
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from common import draws, flags, pictures, processes
-from common.files import inputs, stop, written
+from common.files import inputs, load_checkpoint, stop, written
 from common.processes import rank, world
 
 
@@ -66,29 +67,6 @@ def set_rate(optimizer, rate):
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-def load_checkpoint(path, methods):
-    """The dict that Run.save wrote, on the CPU; executes nothing from the file.
-
-    ValueError where there is none, it is damaged, or of another script than `methods`.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        method, data, _ = saved["method"], saved["data"], saved["step"] + 1
-        if len(data["shape"]) not in (1, 3):
-            raise ValueError("shape")
-        if not all(isinstance(n, int) and n > 0 for n in data["shape"]):
-            raise ValueError("shape")
-        data | saved["config"] | dict(classes=sorted(data["classes"]))  # all of them what they seem
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there: train first (--train), or give --checkpoint FILE") \
-            from None
-    except Exception:  # a damaged or foreign file raises anything
-        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged") from None
-    if method not in methods:
-        raise ValueError(f"{path} is a checkpoint of {method}.py, which {methods[0]}.py cannot use")
-    return saved
-
-
 def compare(c, path, saved, now):
     """ValueError if a setting or the data, `now` by name, is not what the checkpoint has.
 
@@ -140,28 +118,108 @@ def trained(c, methods=None, also=()):
                 setattr(c, name, _setting(c, saved, name))
     c.data = c.data if "data" in c.given else saved["source"]
     c.name, c.classes = saved["data"]["data"], tuple(saved["data"]["classes"])
-    c.shape, c.labels = tuple(saved["data"]["shape"]), count_labels(c, c.classes)
+    c.shape, c.labels = tuple(saved["data"]["shape"]), len(c.classes) if c.conditional else 0
     c.size = c.shape[-1] if len(c.shape) == 3 else 0
     flags.resolve(c)
     flags.rules(c)
+    if saved["method"] == c.method and differs(saved.get("script"), c.text):
+        print(f"{c.method}.py has changed since {c.checkpoint} was trained: samples are drawn by "
+              "today's text", file=sys.stderr)
     few = len(c.shape) == 3 or c.out.endswith(".gif")
     c.sheet = c.sheet or (64 if few else 1000)  # few points show no shape
     return c, saved
 
 
 def _setting(c, saved, name):
-    """One setting from a checkpoint, checked: nothing else in the file is believed."""
+    """One setting from a checkpoint, checked; where it does not know the flag, the default."""
     if name not in saved["config"]:
         return flags.default(c, name)
     value = saved["config"][name]
+    if name in c.fields and saved["method"] == c.method:
+        return flags.checked(c.fields[name], value, c.checkpoint)
+    # another script may have more choices
     value = tuple(value) if isinstance(value, list) else value
-    fits = isinstance(value, type(getattr(c, name, "")))
-    if name in c.fields and saved["method"] == c.method:  # another script may have more choices
-        each = value if isinstance(value, tuple) else (value,)
-        fits = fits and not flags.unfit(c.fields[name].metadata, each)
-    if not fits:
+    if not isinstance(value, type(getattr(c, name, ""))):
         raise ValueError(f"{c.checkpoint} is damaged: {name} = {value!r}")
     return value
+
+
+def differs(old, new):
+    """Whether two texts of a script are different programs; comments and docstrings are none.
+
+    They are parsed by the Python that runs, and nothing is executed. A text that is absent or that
+    cannot be parsed counts as equal.
+    """
+    trees = []
+    for text in (old, new):
+        try:
+            tree = ast.parse(text or "?")
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            return False
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+                if ast.get_docstring(node, clean=False) is not None:
+                    del node.body[0]
+        trees.append(ast.dump(tree))
+    return trees[0] != trees[1]
+
+
+def initialise(c, classes, states):
+    """Give new networks the weights of --init's file, the mean ones where it has them.
+
+    classes: of the data; states: as Run has them, by the checkpoint's names. Labels that the file
+    knows by name keep their row, others start anew. Returns what to say of it. ValueError for a
+    file that does not fit.
+    """
+    saved = load_checkpoint(c.init, (c.method,), flags.INIT)
+    known = list(saved["data"]["classes"]) if saved["config"].get("conditional") else []
+    for name, thing in states.items():
+        if isinstance(thing, torch.nn.Module):
+            weights = saved["ema"]["net"] if name == "net" else saved.get(name, {})
+            try:
+                thing.load_state_dict(_relabelled(weights, thing.state_dict(), known, classes))
+            except RuntimeError:
+                raise ValueError(_unfitting(c, saved)) from None
+    for thing in states.values():
+        if isinstance(thing, EMA):
+            thing.net.load_state_dict(states["net"].state_dict())
+    said = f"begins with the weights of {c.init}, after {saved['step']} updates"
+    anew = [label for label in classes if label not in known] if c.labels else []
+    if anew:
+        said += f"; labels that start anew: {', '.join(anew[:10])}{' ...' * (len(anew) > 10)}"
+    return said
+
+
+def _relabelled(weights, fresh, known, classes):
+    """A file's weights with embeddings of labels for these classes: known rows, the rest fresh."""
+    result = {key: value for key, value in weights.items() if not key.endswith("label.weight")}
+    for key, rows in fresh.items():
+        if key.endswith("label.weight"):
+            rows = rows.clone()
+            for i, label in enumerate(classes):
+                if label in known:
+                    rows[i] = weights[key][known.index(label)]
+            if known:
+                rows[-1] = weights[key][-1]  # no label
+            result[key] = rows
+    return result
+
+
+def _unfitting(c, saved):
+    """Why the weights of --init's file do not fit, and what to do."""
+    shape = tuple(saved["data"]["shape"])
+    if len(shape) != len(c.shape) or shape[0] != c.shape[0]:
+        return (f"--init {c.init} was trained on data of shape {shape}, and {c.data} has "
+                f"{c.shape}: give other data or another checkpoint")
+    for name in sorted(c.given):
+        was = saved["config"].get(name)
+        if c.fields[name].metadata["of_model"] and flags.text(was) != flags.text(getattr(c, name)):
+            return (f"--{name.replace('_', '-')} {flags.text(getattr(c, name))} does not fit "
+                    f"--init {c.init}, which has {flags.text(was)}: leave it out")
+    if shape != c.shape:
+        return (f"--size {c.shape[-1]} does not fit --init {c.init}, whose pictures have a side of "
+                f"{shape[-1]}: leave it out")
+    return f"{c.init} is damaged, or does not fit this version of the network"
 
 
 def restored(c, net, saved):
@@ -185,22 +243,17 @@ def load_data(c, split="train"):
     return data
 
 
-def count_labels(c, classes):
-    """How many labels the network learns: one for each class with --conditional, else none."""
-    if not c.conditional:
-        return 0
-    if len(classes) < 2:
-        stop(f"--conditional needs data with at least two classes; {c.data} has {len(classes)}")
-    return len(classes)
-
-
 def begin(c):
     """Meet the other processes, load the data, set c.shape and c.labels, and seed. The Dataset."""
     if c.batch % world():
         stop(f"--batch {c.batch} cannot be split evenly among {world()} processes")
     processes.join(c.device)
     data = load_data(c)
-    c.shape, c.labels = tuple(data.shape), count_labels(c, data.classes)
+    if c.conditional and "conditional" in c.given and len(data.classes) < 2:
+        stop(f"--conditional needs data with at least two classes; {c.data} has "
+             f"{len(data.classes)}")
+    c.conditional = c.conditional and len(data.classes) > 0  # --init's file may have had labels
+    c.shape, c.labels = tuple(data.shape), len(data.classes) if c.conditional else 0
     torch.manual_seed(c.seed)  # the networks' first weights
     return data
 
@@ -227,6 +280,15 @@ def end(c, run):
 # ------------------------------------------------------------------------------------------ the run
 LOG_EVERY = 10  # updates averaged in a row of metrics.csv
 SAVE_EVERY = 60.0  # seconds
+FIRST_SHEET, SHARE = 20.0, 0.03  # seconds; of them, what sheets may take
+
+
+def next_sheet(seconds):
+    """When the sheet after so many seconds of training is due: at 20 s, 1, 2, 4, 8, ... minutes."""
+    due = FIRST_SHEET
+    while due <= seconds:
+        due = 3 * due if due == FIRST_SHEET else 2 * due
+    return due
 
 
 class Run:
@@ -246,6 +308,8 @@ class Run:
         self.about = dict(data=c.name, shape=list(data.shape), classes=list(data.classes),
                           pictures=len(data))
         self.step, self.seconds, self.limit = 0, 0.0, 60 * c.minutes or math.inf
+        self.start, self.began_at = None, 0.0  # the clock at second 0; seconds when this began
+        self.due, self.cost, self.paid, self.drawing = 0.0, None, 0.0, None  # of sheets: see shows
         self.columns, self.header, self.window, self.last = {}, [], [], {}
         self.interrupted = False
         with inputs():
@@ -256,6 +320,11 @@ class Run:
                                               if name not in ("iters", "minutes")})
                 load_states(saved, self.path, **states)
                 self.step, self.seconds = saved["step"], saved["seconds"]
+                self._changed(saved.get("script"))
+            elif c.init:
+                said = initialise(c, data.classes, states)
+                if rank() == 0:
+                    print(f"{c.run} {said}", file=sys.stderr)
             self.began = self.step
             if self._agree(self.step, -self.step) != [self.step, -self.step]:
                 raise ValueError(f"the processes found different checkpoints in {c.run}: give a "
@@ -263,10 +332,23 @@ class Run:
             if rank() == 0:
                 self._begin()
 
+    def _changed(self, script):
+        """Say that the script is another one than trained the run; an error if that was all."""
+        if not differs(script, self.c.text):
+            return
+        changed = f"{self.c.method}.py has changed since {self.c.run} was trained"
+        if self._finished():
+            stop(f"{changed}: --fresh trains anew, --run DIR keeps both")
+        if rank() == 0:
+            print(f"{changed}: what is left is trained by today's text", file=sys.stderr)
+
     def _begin(self):
-        """Write config.json, and drop what a killed run logged after its last checkpoint."""
+        """Write config.json and script.py, and drop what lies after the last checkpoint.
+
+        That is what a killed run logged: it will be computed again.
+        """
         import numpy
-        inner = ("given", "sheet", "fields", "defaults", "shape", "labels")
+        inner = ("given", "sheet", "fields", "defaults", "shape", "labels", "text")
         settings = {name: value for name, value in vars(self.c).items() if name not in inner}
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=numpy.__version__)
@@ -274,6 +356,11 @@ class Run:
                          command=" ".join(sys.argv))
         with written(self.c.run / "config.json") as file:
             file.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+        with written(self.c.run / "script.py") as file:
+            file.write_text(self.c.text, encoding="utf-8")
+        for sheet in (self.c.run / "sheets").glob("*.png"):
+            if self.step == 0 or sheet.stem.isdigit() and int(sheet.stem) > self.step:
+                sheet.unlink()
         if self.step == 0:
             self.path.unlink(missing_ok=True)
             self.table.unlink(missing_ok=True)
@@ -313,7 +400,9 @@ class Run:
         from tqdm import tqdm
         handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         first, before, saved_at = self.step, self.seconds, self.seconds
-        start = time.monotonic() - self.seconds
+        self.start = time.monotonic() - self.seconds
+        self.due = next_sheet(self.seconds)
+        self.began_at = before
         done = interrupted = False
         terminal = sys.stderr.isatty()
         bar = tqdm(desc=str(self.c.run), total=self.c.iters, initial=self.step,
@@ -324,7 +413,7 @@ class Run:
             while not (done or interrupted):
                 self.step += 1
                 yield self.step
-                self.seconds = time.monotonic() - start
+                self.seconds = time.monotonic() - self.start
                 logs = self.step % LOG_EVERY == 0
                 if logs:
                     rate = (self.step - first) / max(self.seconds - before, 1e-9)
@@ -441,6 +530,46 @@ class Run:
         with open(self.table, "a", newline="") as out:
             csv.DictWriter(out, self.header).writerow(row)
 
+    def shows(self, evaluations):
+        """How many samples a sheet may have now; 0 where none is due, or another process draws it.
+
+        evaluations: of the network for each sample. A sheet is due after 20 s and then 1, 2, 4, 8,
+        ... minutes of training, and waits until SHARE of the seconds so far pay for it and those
+        before; so slow machines draw fewer samples.
+        """
+        if rank() != 0:
+            return 0
+        seconds = time.monotonic() - self.start
+        if seconds < self.due:
+            return 0
+        cost = self.cost  # seconds of an evaluation of one sample
+        if cost is None:  # an update is worth three evaluations of its batch
+            update = (seconds - self.began_at) / (self.step - self.began)
+            cost = update / (3 * self.c.batch)
+        for n in (64, 36, 16, 9, 4) if len(self.c.shape) == 3 else (1000, 250):
+            if self.paid + n * evaluations * cost <= SHARE * seconds:
+                self.drawing = seconds, n * evaluations
+                return n
+        return 0
+
+    def show(self, x):
+        """Keep a sheet of samples x (n, ...), as samples.png and sheets/<update>.png.
+
+        What goes wrong with it is a warning: training goes on.
+        """
+        began, evaluations = self.drawing
+        if x.isfinite().all():
+            try:
+                pictures.save(self.c.run / "sheets" / f"{self.step}.png", x)
+                pictures.save(self.c.run / "samples.png", x)
+            except OSError as fault:
+                self.warn(fault)
+        else:
+            self.warn("the sheet's samples are not finite")
+        seconds = time.monotonic() - self.start
+        self.cost, self.paid = (seconds - began) / evaluations, self.paid + seconds - began
+        self.due = next_sheet(seconds)
+
     def warn(self, message):
         """Say it above the bar, on stderr; None is nothing to say.
 
@@ -459,7 +588,7 @@ class Run:
         if rank() != 0:
             return
         saved = dict(method=self.c.method, config=self.config, data=self.about, source=self.c.data,
-                     step=self.step, seconds=self.seconds)
+                     step=self.step, seconds=self.seconds, script=self.c.text)
         saved |= {name: thing.state_dict() for name, thing in self.states.items()}
         with inputs(), written(self.path) as file:
             try:

@@ -104,11 +104,11 @@ def _capture(step, c, net, arguments):
 class Draw:
     """n samples, a batch at a time: `for first, n, label in draw: draw.keep(sample(...))`.
 
-    label: the one class to draw, or -1 for each in turn. draw.frames is the list for a trajectory
-    where --out is a .gif, otherwise None.
+    label: the one class to draw, by name or number, or "" for each in turn. draw.frames is the
+    list for a trajectory where --out is a .gif, otherwise None.
     """
 
-    def __init__(self, c, n, label=-1, batch=256):
+    def __init__(self, c, n, label="", batch=256):
         self.c, self.n, self.batch = c, n, batch
         self.label = sample_labels(c, n, label)  # (n,) or None
         self.frames = [] if c.out.endswith(".gif") else None

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from conftest import ITERS, SMALL, start
 
-OFTEN = "from common import runs; runs.SAVE_EVERY = -1.0"  # a checkpoint with each row
+# a checkpoint with each row, and sheets, which the run that was never killed has not
+OFTEN = "from common import runs; runs.SAVE_EVERY = -1; runs.FIRST_SHEET, runs.SHARE = 0.1, 1"
 
 
 def rows(run):
@@ -39,4 +40,5 @@ if __name__ == "__main__":
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert (run / "checkpoint.pt").exists() and 1 < rows(run) < int(ITERS[script]) / 10
-    assert start(folder, *given, **quiet).wait() == 0
+    assert start(folder, *given, before=OFTEN, **quiet).wait() == 0
+    assert list((run / "sheets").glob("*.png"))

@@ -69,9 +69,12 @@ def test_pictures_without_a_class_train_as_unlabelled():
 
 
 def test_labels_of_samples_go_round_or_are_the_one_asked_for():
-    c = SimpleNamespace(labels=3, device="cpu")
+    c = SimpleNamespace(labels=3, device="cpu", classes=("cat", "2", "0"))
     assert draws.sample_labels(c, 5).tolist() == [0, 1, 2, 0, 1]
-    assert draws.sample_labels(c, 2, 2).tolist() == [2, 2]
+    # a name wins: 2 is the name of 1, and 0 that of 2
+    for label, number in (("cat", 0), ("1", 1), ("2", 1), ("0", 2)):
+        assert draws.sample_labels(c, 2, label).tolist() == [number, number]
     assert draws.sample_labels(SimpleNamespace(labels=0), 5) is None
-    with pytest.raises(ValueError, match="labels 0 to 2"):
-        draws.sample_labels(c, 2, 3)
+    for wrong in ("3", "dog", "-1", "1.5"):
+        with pytest.raises(ValueError, match=f"--label {wrong}: .* but cat, 2, 0, or their numb"):
+            draws.sample_labels(c, 2, wrong)

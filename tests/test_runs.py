@@ -282,6 +282,142 @@ def test_minutes_count_over_the_whole_run(tmp_path, monkeypatch):
     assert train(1.0) == 10 and train(1.0) == 0 and train(1.5) == 5
 
 
+# -------------------------------------------------------------------------------- the script's text
+TEXT = '''"""Head."""
+import math
+
+
+def loss(x):
+    """What it is."""
+    return x ** 2  # squared
+'''
+
+
+@pytest.mark.parametrize("old,new,want", [
+    ("", "", False),
+    ("# squared", "# of course", False),  # comments
+    ("What it is.", "Another word.", False), ('"""Head."""\n', "", False),  # docstrings
+    ("    return", "\n    return", False), ("(x)", "(\\n        x)", False),  # form
+    ("x ** 2", "x ** 4", True), ("import math", "import cmath", True),
+    ("def loss", "def gain", True), ("return", "return =", False)])  # cannot be parsed
+def test_a_text_differs_where_the_program_does(old, new, want):
+    changed = TEXT.replace(old, new.replace("\\n", "\n")) if old else TEXT
+    assert runs.differs(TEXT, changed) == runs.differs(changed, TEXT) == want
+    for absent in (None, ""):
+        assert not runs.differs(absent, TEXT) and not runs.differs(TEXT, absent)
+
+
+def test_a_script_that_has_changed_does_not_pass_for_what_was_trained(tmp_path, capsys):
+    def resumed(iters, text, **more):
+        c = settings(tmp_path, iters=iters, **more)
+        c.text = text
+        run = runs.Run(c, DATA, thing=Thing())
+        for step in run:
+            run.log(loss=1.0)
+        return run
+
+    resumed(10, TEXT)
+    assert (tmp_path / "script.py").read_text() == TEXT
+    assert resumed(10, TEXT.replace("# squared", "")).step == 10
+    changed = TEXT.replace("x ** 2", "abs(x)")
+    with pytest.raises(ValueError, match="ddpm.py has changed since .* was trained: --fresh trains "
+                                         "anew, --run DIR keeps both"):
+        resumed(10, changed)
+    assert (tmp_path / "script.py").read_text() == TEXT.replace("# squared", "")
+    capsys.readouterr()
+    assert resumed(20, changed).step == 20
+    assert "what is left is trained by today's text" in capsys.readouterr().err
+    assert (tmp_path / "script.py").read_text() == changed
+    assert torch.load(tmp_path / "checkpoint.pt")["script"] == changed
+    assert resumed(5, TEXT, fresh=True).step == 5
+    assert "changed since" not in capsys.readouterr().err
+
+
+def test_sampling_says_that_the_script_has_changed(tmp_path, capsys):
+    path = checkpoint(tmp_path / "c.pt", {}, script=TEXT)
+    c = script_settings(ddpm, checkpoint=path)
+    c.text = TEXT
+    runs.trained(c)
+    assert not capsys.readouterr().err
+    c.text = TEXT.replace("x ** 2", "abs(x)")
+    runs.trained(c)
+    assert "ddpm.py has changed since" in capsys.readouterr().err
+    c = script_settings(ddim, checkpoint=path)  # of another method: not compared
+    runs.trained(c, ("ddim", "ddpm"))
+    assert not capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ sheets
+def test_sheets_are_due_after_20_seconds_and_1_2_4_8_minutes():
+    seconds, due = 0.0, []
+    for _ in range(6):
+        seconds = runs.next_sheet(seconds)
+        due.append(seconds)
+    assert due == [20, 60, 120, 240, 480, 960]
+    assert runs.next_sheet(19.9) == 20 and runs.next_sheet(20.0) == 60 == runs.next_sheet(59.9)
+
+
+def sheets(tmp_path, monkeypatch, update, evaluation, until, x=None):
+    """(seconds, samples) of the sheets of a run whose updates and evaluations take so long."""
+    now, drawn = [0.0], []
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    c = settings(tmp_path, iters=10 ** 6, minutes=until / 60, batch=64)
+    c.shape = (1, 4, 4)
+    for step in (run := runs.Run(c, DATA, thing=Thing())):
+        now[0] += update
+        n = run.shows(20)
+        if n:
+            drawn.append((round(now[0]), n))
+            now[0] += n * 20 * evaluation
+            run.show(torch.zeros(n, 1, 4, 4) if x is None else x)
+        run.log(loss=1.0)
+    return drawn
+
+
+def test_a_sheet_waits_until_a_share_of_the_time_pays_for_it(tmp_path, monkeypatch):
+    # fast: by the length of an update 64 samples would cost 0.67 s, more than 0.03 of 20 s
+    assert sheets(tmp_path / "a", monkeypatch, 0.1, 1e-5, 500) == [
+        (20, 36), (60, 64), (120, 64), (240, 64), (480, 64)]
+    # the first sheet tells that an evaluation costs a hundredth of a second: it took 3.2 s, and
+    # four more samples are paid for after 4.0 s / 0.03
+    slow = sheets(tmp_path / "b", monkeypatch, 0.3, 0.01, 1000)
+    assert slow[0] == (20, 16) and slow[1] == (133, 4) and slow[2][0] == 240
+    assert len(slow) > 3 and sum(n * 20 * 0.01 for _, n in slow) <= 0.03 * 1000
+    # so slow that there is none in ten minutes, four samples an hour
+    assert sheets(tmp_path / "c", monkeypatch, 60.0, 1.0, 600) == []
+
+
+def test_a_resumed_run_keeps_the_rhythm_and_drops_later_sheets(tmp_path, monkeypatch):
+    assert sheets(tmp_path, monkeypatch, 0.5, 1e-5, 70) == [(20, 9), (60, 64)]
+    names = sorted(int(p.stem) for p in (tmp_path / "sheets").iterdir())
+    assert names == [40, 120] and (tmp_path / "samples.png").exists()
+    (tmp_path / "sheets" / "150.png").write_bytes(b"of a killed run")
+    # 120 s of all are 50 s of this one
+    assert [when for when, _ in sheets(tmp_path, monkeypatch, 0.5, 1e-5, 130)] == [50]
+    assert sorted(int(p.stem) for p in (tmp_path / "sheets").iterdir()) == [40, 120, 240]
+    c = settings(tmp_path, fresh=True)
+    runs.Run(c, DATA, thing=Thing())
+    assert not list((tmp_path / "sheets").iterdir())
+
+
+def test_a_sheet_that_goes_wrong_is_a_warning(tmp_path, monkeypatch, capsys):
+    bad = torch.full((4, 1, 4, 4), math.nan)
+    assert sheets(tmp_path, monkeypatch, 0.1, 1e-5, 30, x=bad) == [(20, 36)]
+    assert "the sheet's samples are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "samples.png").exists()
+
+    def full(*given):
+        raise OSError("samples.png cannot be written: no space")
+    monkeypatch.setattr(runs.pictures, "save", full)
+    assert sheets(tmp_path / "b", monkeypatch, 0.1, 1e-5, 30) == [(20, 36)]
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # another process draws it
+    c = settings(tmp_path / "c")
+    run = runs.Run(c, DATA, thing=Thing())
+    run.start, run.due = 0.0, 0.0
+    assert run.shows(20) == 0
+
+
 # -------------------------------------------------------------------------------- several processes
 def test_averaged_gradients_are_those_of_the_whole_batch(tmp_path):
     """Two processes over gloo, with a double backward in the loss, as R1 has."""

@@ -81,8 +81,9 @@ def same(a, b):
 @pytest.mark.parametrize("script", ["ddpm", "ddim"])
 def test_a_run_learns_and_leaves_its_files(place, script):
     folder = place / "runs" / f"{script}-digits"
-    files = {"checkpoint.pt", "config.json", "metrics.csv", "samples.png", "loss.png"}
+    files = {"checkpoint.pt", "config.json", "metrics.csv", "samples.png", "loss.png", "script.py"}
     assert files <= {p.name for p in folder.iterdir()}
+    assert (folder / "script.py").read_text() == (ROOT / f"{script}.py").read_text()
     loss = losses(folder)
     assert len(loss) == 20 and loss[-5:].mean() < 0.6 * loss[0]
     # the curve as it was on 2026-11-22 (x86-64, torch 2.13.0): one network, the same draws
@@ -125,7 +126,8 @@ def each_beside(name):
 def test_killed_and_resumed_equals_never_killed(place, beside, script):
     """SIGKILL at a random moment of training, twice; then everything is as if it never had been.
 
-    Every weight, moment and logged loss, bit for bit (on a CPU).
+    Every weight, moment and logged loss, bit for bit (on a CPU), although the killed run drew
+    sheets while it trained, and the other did not.
     """
     whole, folder = place / "runs" / f"{script}-digits", beside / f"killed-{script}"
     one, two = weights(whole), weights(folder)
@@ -133,6 +135,9 @@ def test_killed_and_resumed_equals_never_killed(place, beside, script):
     for part in ("net", "ema", "optimizer", "step", *critic):
         assert same(one[part], two[part]), part
     assert losses(whole).tolist() == losses(folder).tolist()
+    sheet = max((folder / "sheets").glob("*.png"), key=lambda path: int(path.stem))
+    assert len(np.unique(np.asarray(Image.open(sheet)))) > 20
+    assert not (whole / "sheets").exists()
 
 
 @pytest.mark.parametrize("script", each_beside("two"))
@@ -177,6 +182,61 @@ def test_a_full_disk_ends_with_one_line(place, monkeypatch):
         signal.signal(signal.SIGXFSZ, ignored)
     assert "checkpoint.pt cannot be written" in done.stderr
     assert not [p for p in (place / "full").iterdir() if "checkpoint" in p.name]
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_init_begins_with_the_weights_of_a_model(place, script):
+    """Its mean weights, network, T and size; then other flags, data and an EMA of its own."""
+    file, tuned = place / "runs" / f"{script}-digits" / "checkpoint.pt", place / f"tuned-{script}"
+    given = ["--train", "--init", file, "--lr", "1e-9", "--run", tuned, "--classes", "3,5"]
+    done = run(place, script, *given, "--iters", 1)
+    assert f"begins with the weights of {file}, after {ITERS[script]} updates" in done.stderr
+    old, new = weights(file.parent), weights(tuned)
+    for name, value in old["ema"]["net"].items():
+        assert_close(new["net"][name], value, atol=1e-6, rtol=0)
+        assert_close(new["ema"]["net"][name], value, atol=1e-6, rtol=0)
+    assert new["step"] == new["ema"]["updates"] == 1 and new["data"]["shape"] == [1, 8, 8]
+    assert new["config"]["width"] == 8 and new["config"]["T"] == old["config"]["T"]
+    if script == "ddgan":
+        assert new["config"]["pretrain"] == 0 and new["config"]["width_d"] == 8
+        for name in old["critic"].keys() - {"r1"}:  # by one update; fresh ones are farther off
+            assert_close(new["critic"][name], old["critic"][name], atol=2e-3, rtol=0)
+    # the same command goes on, the file no longer there: it is read at update 0 only
+    moved = file.rename(place / "elsewhere.pt")
+    try:
+        run(place, script, *given, "--iters", 2)
+    finally:
+        moved.rename(file)
+    assert weights(tuned)["step"] == 2
+    for flags, words in ((["--width", 16], "--width 16 does not fit --init"),
+                         (["--data", "swirl"], "was trained on data of shape"),
+                         (["--init", "cut.pt"], "cut.pt"), (["--init", "no.pt"], "no.pt")):
+        done = run(place, script, "--train", "--init", file, *flags, "--run", "new", "--fresh",
+                   code=2)
+        assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (place / "new" / "checkpoint.pt").exists()
+
+
+def test_init_keeps_the_labels_that_it_knows_by_name(place):
+    run(place, "ddim", "--train", "--iters", 1, *SMALL["ddim"], "--conditional", "--classes",
+        "1,2,3", "--run", "three")
+    done = run(place, "ddim", "--train", "--iters", 1, "--lr", "1e-9", "--init",
+               "three/checkpoint.pt", "--classes", "2,3,7", "--run", "others", "--seed", 1)
+    assert "labels that start anew: 7\n" in done.stderr
+    new = weights(place / "others")["net"]["embedding.label.weight"]
+    old = weights(place / "three")["ema"]["net"]["embedding.label.weight"]
+    for i, j in ((0, 1), (1, 2), (3, 3)):  # 2, 3 and no label
+        assert_close(new[i], old[j], atol=1e-6, rtol=0)
+    assert (new[2] - old).abs().max(1).values.min() > 0.1
+    run(place, "ddim", "--sample", "--run", "others", "--n", 2, "--steps", 2, "--label", "7",
+        "--out", "seven.npz")
+    assert drawn(place / "seven.npz")[1].tolist() == [2, 2]  # a name wins
+    done = run(place, "ddim", "--sample", "--run", "others", "--label", "8", code=2)
+    assert "no such class, but 2, 3, 7, or their numbers 0 to 2" in done.stderr
+    # one class, and none: a file with labels will do
+    done = run(place, "ddim", "--train", "--iters", 1, "--init", "three/checkpoint.pt",
+               "--classes", "2", "--run", "one")
+    assert weights(place / "one")["net"]["embedding.label.weight"].shape[0] == 2
 
 
 @pytest.mark.slow
