@@ -15,7 +15,7 @@ Xiao, Kreis, Vahdat 2021 (arXiv:2112.07804). T is at most 8, s = t - 1, z ~ N(0,
 
 Digits on two cores of a Xeon: 14 minutes, FCD 0.89 to 1.00 (floor 0.16), recall 0.94 to 0.95,
 three runs. The 25 Gaussians: all of them, 96 % of the points within 3 sigma, 8 minutes. What did
-it, by trial and with the failures, is in the README.
+it, by trial and with the failures, is in assets/README.md.
 """
 import math
 from collections import namedtuple
@@ -239,11 +239,11 @@ def walk(c):
     return torch.stack([zero, one, *rest], 1).float()
 
 
-def real_pair(c, x0, t, table, first, at):
-    """x_s and x_t of the forward process: x_t is made of x_s. table: of forward; at: Places."""
+def real_pair(c, x0, t, table, first, place):
+    """x_s and x_t of the forward process: x_t is made of x_s. table: of forward; place: Places."""
     signal, noise, keep, fresh = table[t - 1].unbind(1)
-    x_s = add_noise(x0, signal, noise, c.seed, first, at.x_s, NOISE, return_eps=False)
-    x_t = add_noise(x_s, keep, fresh, c.seed, first, at.x_t, NOISE, return_eps=False)
+    x_s = add_noise(x0, signal, noise, c.seed, first, place.x_s, NOISE, return_eps=False)
+    x_t = add_noise(x_s, keep, fresh, c.seed, first, place.x_t, NOISE, return_eps=False)
     return x_s, x_t
 
 
@@ -254,20 +254,20 @@ def generate(c, net, x_t, t, z, label=None):
     return out.float() if c.fake == "direct" or x_t.ndim == 2 else out.float().tanh()
 
 
-def fake_half(c, net, x_t, t, table, first, at, label, wanted=None):
+def fake_half(c, net, x_t, t, table, first, place, label, wanted=None):
     """x_s' as the generator would have it, differentiable, and x0'.
 
-    table: of walk; first: the number of the first sample; at: Places. With `wanted` G learns with
-    the one of four latents that comes nearest to it.
+    table: of walk; first: the number of the first sample; place: Places. With `wanted` G learns
+    with the one of four latents that comes nearest to it.
     """
     many = 1 if wanted is None else 4
-    z = randn((len(x_t), many, max(c.z, 1)), c.seed, first, at.z, NOISE, device=c.device)
+    z = randn((len(x_t), many, max(c.z, 1)), c.seed, first, place.z, NOISE, device=c.device)
     z = z[:, 0] if wanted is None else nearest(c, net, x_t, t, z, label, wanted)
     x0_ = generate(c, net, x_t, t, z, label)
-    return denoise_step(x_t, x0_, table[t - 1], c.seed, first, at.x_f, NOISE), x0_
+    return denoise_step(x_t, x0_, table[t - 1], c.seed, first, place.x_f, NOISE), x0_
 
 
-def judge(c, D, x_s, x_t, t, label):
+def logits(c, D, x_s, x_t, t, label):
     """D's logits of pairs, float32 (B,)."""
     with flags.autocast(c):
         return D(x_s, x_t, t / c.T, label).float()
@@ -403,7 +403,7 @@ def trouble(c, real, fake, spread):
 def update(optimizer, net, loss):
     """One step of the optimizer of net, a module."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=list(net.parameters()))
+    loss.backward(inputs=runs.learnable(net))
     processes.average_gradients(net)
     optimizer.step()
 
@@ -438,17 +438,17 @@ def train(c):
 
         # The discriminator: real pairs against fake ones of the same x_t
         t, count = times(c, step, D_HALF)
-        real_right = fake_right = at_rest + 0.5  # how often D is right: as often as a coin
         loss_d = at_rest
+        right_real = right_fake = at_rest + 0.5  # how often D is right: as often as a coin
         if step > c.pretrain - 300:
-            at = places(step, D_HALF)
-            x_s, x_t = real_pair(c, x0, t, noising, first, at)
+            place = places(step, D_HALF)
+            x_s, x_t = real_pair(c, x0, t, noising, first, place)
             with torch.no_grad():
-                x_f, _ = fake_half(c, G, x_t, t, reverse, first, at, label)
+                x_f, _ = fake_half(c, G, x_t, t, reverse, first, place, label)
             penalised = c.r1 > 0 and step % c.r1_every == 0
-            judging = critic if penalised else D  # a compiled one cannot be differentiated twice
-            real = judge(c, judging, x_s.requires_grad_(penalised), x_t, t, label)
-            fake = judge(c, judging, x_f, x_t, t, label)
+            judge = critic if penalised else D  # a compiled one cannot be differentiated twice
+            real = logits(c, judge, x_s.requires_grad_(penalised), x_t, t, label)
+            fake = logits(c, judge, x_f, x_t, t, label)
             loss_d = discriminator_loss(c, real, fake)
             loss = loss_d.mean()
             if penalised:  # lazily, yet not multiplied by the interval
@@ -456,32 +456,33 @@ def train(c):
                 critic.r1 = r1.detach()
                 loss = loss + c.r1 / 2 * r1
             update(optimizer_d, critic, loss)
-            real_right, fake_right = real > 0, fake < 0
+            right_real, right_fake = real > 0, fake < 0
+        told = dict(real=mean_by_t(c, right_real, t, count),
+                    fake=mean_by_t(c, right_fake, t, count),
+                    loss_d=mean_by_t(c, loss_d, t, count))
 
         # The generator: fake pairs that D takes for real; at first by least squares alone
-        u, count_u = times(c, step, G_HALF)
-        at = places(step, G_HALF)
-        x_s, x_u = real_pair(c, x0, u, noising, first, at)
+        t, count = times(c, step, G_HALF)
+        place = places(step, G_HALF)
+        x_s, x_t = real_pair(c, x0, t, noising, first, place)
         wanted = x_s if c.fake == "direct" else x0
         tries = c.z and c.pretrain - c.pretrain_z < step <= c.pretrain
-        x_f, x0_ = fake_half(c, G, x_u, u, reverse, first, at, label, wanted if tries else None)
+        x_f, x0_ = fake_half(c, G, x_t, t, reverse, first, place, label, wanted if tries else None)
         error = (x0_ - wanted).square().flatten(1).mean(1)
         if pretrain:
             loss_g = at_rest
-            loss = (signal2[u] * error).mean()
+            loss = (signal2[t] * error).mean()
         else:
-            loss_g = generator_loss(c, judge(c, D, x_f, x_u, u, label))
+            loss_g = generator_loss(c, logits(c, D, x_f, x_t, t, label))
             # where D sees little G would drift: at large t, and at t = 1 x0 is nearly known
-            loss = (loss_g + recon[u] * error).mean()
+            loss = (loss_g + recon[t] * error).mean()
         update(optimizer, net, loss)
         ema.update(net)
 
-        # What is told
-        spread = (spread_of_fours(x0_) / spread_of_fours(x0)).flatten(1)[:, 0]
-        run.log(real=mean_by_t(c, real_right, t, count), fake=mean_by_t(c, fake_right, t, count),
-                loss_d=mean_by_t(c, loss_d, t, count), loss_g=mean_by_t(c, loss_g, u, count_u),
-                r1=critic.r1, error=mean_by_t(c, error, u, count_u),
-                spread=mean_by_t(c, spread, u, count_u))
+        # What is told, by t
+        variety = (spread_of_fours(x0_) / spread_of_fours(x0)).flatten(1)[:, 0]
+        run.log(**told, loss_g=mean_by_t(c, loss_g, t, count), r1=critic.r1,
+                error=mean_by_t(c, error, t, count), spread=mean_by_t(c, variety, t, count))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
         n = run.shows(c.T)  # from time to time a sheet of what it draws by now
@@ -521,12 +522,12 @@ def check_shares(c, flag, given):
              f"least {-(-4 * sum(shares) // min(shares))}{equal}")
 
 
-def load(checkpoint="", c=None, **given):
+def load(checkpoint="", *, parsed=None, **given):
     """c and the network that sample(c, net, 0, 16) takes, from Python.
 
-    given: flags by name, as device="cpu", seed=3. main has c already.
+    given: flags by name that sampling reads, as device="cpu", seed=3. main has parsed them.
     """
-    c = c or flags.settings("ddgan", FLAGS, RECIPES, checkpoint=checkpoint, **given)
+    c = parsed or flags.settings("ddgan", FLAGS, RECIPES, checkpoint=checkpoint, **given)
     c, saved = runs.trained(c)
     check(c)
     return c, runs.restored(c, network(c), saved)
@@ -539,7 +540,7 @@ def main():
         train(c)
     if not (c.sample or c.evaluate):
         return
-    c, net = load(c.checkpoint, c)
+    c, net = load(parsed=c)
     if c.sample:
         draw = sampling.Draw(c, c.sheet, c.label)
         for first, n, label in draw:

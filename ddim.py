@@ -38,7 +38,7 @@ class Config:
     schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES,
                            of_model=True)
     predict: str = option("v", "what the network's output is", choices=("eps", "x0", "v"),
-                          of_model=True)
+                          of_model=True, fp32=("mean",))  # which a ddpm.py checkpoint may have
     warmup: int = option(100, "updates over which the learning rate rises", low=0)
     steps: int = option(0, "network evaluations; default 50, or T where that is less",
                         "sample evaluate", low=1, high="T")
@@ -279,12 +279,12 @@ def interpolate(c, net, n, steps):
 
 
 # ============================================================================================= Main
-def load(checkpoint="", c=None, **given):
+def load(checkpoint="", *, parsed=None, **given):
     """c and the network that sample(c, net, 0, 16, steps=20) takes, from Python.
 
-    given: flags by name, as device="cpu", guidance=2. main has c already.
+    given: flags by name that sampling reads, as device="cpu", eta=0.5. main has parsed them.
     """
-    c = c or flags.settings("ddim", FLAGS, RECIPES, checkpoint=checkpoint, **given)
+    c = parsed or flags.settings("ddim", FLAGS, RECIPES, checkpoint=checkpoint, **given)
     c, saved = runs.trained(c, ("ddim", "ddpm"), also=("variance",))
     return c, runs.restored(c, network(c), saved)
 
@@ -300,7 +300,7 @@ def main():
     if not {"checkpoint", "run"} & c.given and not own.exists() and ddpm.exists():
         c.checkpoint = str(ddpm)
         print(f"{c.run} holds no model yet: sampling from {ddpm}")
-    c, net = load(c.checkpoint, c)
+    c, net = load(parsed=c)
     steps = c.steps or few(c)
     if "encode" in c.given:
         round_trip(c, net)

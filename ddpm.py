@@ -74,7 +74,7 @@ def network(c):
 
 
 def split(c, out):
-    """The network's output as what --predict says, (B, C, ...), and nu, in float32, or None."""
+    """The network's output as what --predict says, (B, C, ...), and nu or None."""
     return out.float().chunk(2, 1) if c.variance == "learned" else (out, None)
 
 
@@ -266,11 +266,11 @@ def bits_per_dim(c, net, data, n=500, parts=16):
         u = draws.strata(parts, len(x0), draws.generator(c.seed, JUDGE, first))
         between = 2 + (u * (c.T - 1)).long()
         visited = torch.cat([torch.ones_like(between[:1]), between]).to(c.device)
-        for draw, t in enumerate(visited):
-            x_t, _ = add_noise(x0, signal[t], noise[t], c.seed, first, draw, JUDGE)
+        for k, t in enumerate(visited):
+            x_t, _ = add_noise(x0, signal[t], noise[t], c.seed, first, k, JUDGE)
             with flags.autocast(c):
                 out = net(x_t, t / c.T, label)
-            weight = 1 if draw == 0 else (c.T - 1) / parts
+            weight = 1 if k == 0 else (c.T - 1) / parts
             bits += weight * bound(c, out, x0, x_t, t, table).cpu().double()
         total.append(bits)
     total = torch.cat(total)
@@ -278,12 +278,12 @@ def bits_per_dim(c, net, data, n=500, parts=16):
 
 
 # ============================================================================================= Main
-def load(checkpoint="", c=None, **given):
+def load(checkpoint="", *, parsed=None, **given):
     """c and the network that sample(c, net, 0, 16, steps=20) takes, from Python.
 
-    given: flags by name, as device="cpu", guidance=2. main has c already.
+    given: flags by name that sampling reads, as device="cpu", guidance=2. main has parsed them.
     """
-    c = c or flags.settings("ddpm", FLAGS, RECIPES, checkpoint=checkpoint, **given)
+    c = parsed or flags.settings("ddpm", FLAGS, RECIPES, checkpoint=checkpoint, **given)
     c, saved = runs.trained(c)
     return c, runs.restored(c, network(c), saved)
 
@@ -295,7 +295,7 @@ def main():
         train(c)
     if not (c.sample or c.evaluate):
         return
-    c, net = load(c.checkpoint, c)
+    c, net = load(parsed=c)
     if c.sample:
         steps = c.steps or (c.T if asked else few(c))
         draw = sampling.Draw(c, c.sheet, c.label)

@@ -91,7 +91,7 @@ def sample_labels(c, n, label=""):
         return None
     if label == "":
         return torch.arange(n, device=c.device) % c.labels
-    names = [str(name) for name in c.classes]
+    label, names = str(label), [str(name) for name in c.classes]
     if label in names:
         number = names.index(label)
     elif label.isdecimal() and int(label) < c.labels:

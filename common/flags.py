@@ -24,6 +24,7 @@ import torch
 from common import files
 from common.data import NAMED, POINTS
 from common.files import stop
+from common.processes import rank
 
 ACTIONS = dict(train="train the model, or finish training it", sample="draw samples",
                evaluate="judge samples against the data")
@@ -315,9 +316,11 @@ def values(c):
     The seed is left out, which is a tensor among a graph's arguments, and where things are kept.
     """
     left_out = {"seed", "n", "sheet", "out", "run", "checkpoint", "fresh", "init", "text", *ACTIONS}
-    plain = (int, float, str, tuple, type(None))  # bool is an int
-    return tuple(sorted((name, value) for name, value in vars(c).items()
-                        if name not in left_out and isinstance(value, plain)))
+    plain = (int, float, str, tuple, type(None))  # bool is an int; other objects are not seen
+    found = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(c).items() if name not in left_out}
+    return tuple(sorted((name, value) for name, value in found.items()
+                        if isinstance(value, plain)))
 
 
 # ----------------------------------------------------------------------------------------- rules
@@ -335,16 +338,17 @@ def rules(c):
     of_model = set(trained_fields(c))
     for name in sorted(c.given):
         m = c.fields[name].metadata
+        idle = name not in of_model and getattr(c, name) == default(c, name)  # changes nothing
         for need in m["needs"].split():
-            if not _off(c, need):
+            if not _off(c, need) or idle:
                 continue
             if need in of_model and name not in of_model and not c.train:
                 stop(f"{_flag(name)} needs a model trained with {_flag(need)}: leave it out")
             how = "without" if getattr(c, need) is False else "with"
             worth = "" if getattr(c, need) is False else f" {text(getattr(c, need))}"
             stop(f"{_flag(name)} does nothing {how} {_flag(need)}{worth}: leave it out")
-        for other in m["idles"].split():
-            if other in c.given:
+        for other in m["idles"].split() if getattr(c, name) is not False else ():
+            if other in c.given and getattr(c, other) != default(c, other):
                 stop(f"{_flag(other)} does nothing with {_flag(name)}: leave it out")
         count = getattr(c, m["one_for_each"]) if m["one_for_each"] else None
         if count is not None and len(getattr(c, name)) not in (0, count):
@@ -419,6 +423,8 @@ def parse(method, groups, recipes, doc):
     _paths(c)
     if c.train:
         rules(c)  # what a checkpoint brings is not known yet
+    elif rank() > 0:
+        raise SystemExit(0)  # one process samples
     place(c)
     # until Run takes it over, while it trains
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
@@ -426,21 +432,55 @@ def parse(method, groups, recipes, doc):
 
 
 def settings(method, groups, recipes, **given):
-    """The same namespace from Python, with the flags that are given by name. ValueError as above.
+    """The same namespace from Python, of flags by name; what is wrong with one is a ValueError.
 
     settings("ddim", FLAGS, RECIPES, checkpoint="runs/mine/checkpoint.pt", device="cpu")
+
+    With a checkpoint to sample from, a flag that only training reads is an error, and so is one
+    that sample takes as an argument.
     """
-    c = _lay(method, groups, recipes, given)
-    unknown = given.keys() - c.fields
-    if unknown:
-        raise ValueError(f"{method}.py has no flag {_flag(min(unknown))}")
-    for name in sorted(c.given):
-        value = getattr(c, name)
-        wrong = unfit(c.fields[name].metadata, value if isinstance(value, tuple) else (value,))
+    fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
+    for name, value in given.items():
+        if name not in fields:
+            raise ValueError(f"{method}.py has no flag {_flag(name)}")
+        m = fields[name].metadata
+        given[name] = _as_flag(fields[name], value)
+        wrong = unfit(m, given[name] if isinstance(given[name], tuple) else (given[name],))
         if wrong:
             raise ValueError(f"{_flag(name)} {text(value)} is not {wrong}")
+        if given.get("checkpoint") and "sample" not in m["use"] and "evaluate" not in m["use"]:
+            raise ValueError(f"{_flag(name)} is for training: the checkpoint says what it is")
+        if given.get("checkpoint") and name in ("label", "steps", "n", "out"):
+            raise ValueError(f"{name} is for sample to take, or for you: load has no use for it")
+    c = _lay(method, groups, recipes, given)
+    only_pictures(c)
     place(c)
     return c
+
+
+def _as_flag(field, value):
+    """A value from Python as the flag's type, or a ValueError: 3 is 3.0 too, a list a tuple."""
+    kind, part = type(field.default), field.metadata["part"]
+
+    def one(kind, value):
+        if kind is bool or isinstance(value, bool):
+            fits = kind is bool and isinstance(value, bool)
+        elif kind is float:
+            fits = isinstance(value, (int, float))
+        elif kind in (str, Path):
+            fits = isinstance(value, (str, os.PathLike, torch.device)) or field.name == "label"
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
+            wanted = {Path: "a path", bool: "True or False"}.get(kind) or KINDS[kind][1]
+            raise ValueError(f"{_flag(field.name)} {value!r} is not {wanted}")
+        return kind(value)
+
+    if kind is not tuple:
+        return one(kind, value)
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{_flag(field.name)} {value!r} is not a list or tuple")
+    return tuple(one(part, each) for each in value)
 
 
 # ------------------------------------------------------------------------------------------ where

@@ -125,8 +125,8 @@ def trained(c, methods=None, also=()):
     if saved["method"] == c.method and differs(saved.get("script"), c.text):
         print(f"{c.method}.py has changed since {c.checkpoint} was trained: samples are drawn by "
               "today's text", file=sys.stderr)
-    few = len(c.shape) == 3 or c.out.endswith(".gif")
-    c.sheet = c.sheet or (64 if few else 1000)  # few points show no shape
+    if not c.sheet:  # few points show no shape
+        c.sheet = 64 if len(c.shape) == 3 or c.out.endswith(".gif") else 1000
     return c, saved
 
 
@@ -175,10 +175,10 @@ def initialise(c, classes, states):
     known = list(saved["data"]["classes"]) if saved["config"].get("conditional") else []
     for name, thing in states.items():
         if isinstance(thing, torch.nn.Module):
-            weights = saved["ema"]["net"] if name == "net" else saved.get(name, {})
             try:
+                weights = saved["ema"]["net"] if name == "net" else saved[name]
                 thing.load_state_dict(_relabelled(weights, thing.state_dict(), known, classes))
-            except RuntimeError:
+            except Exception:  # as in load_states
                 raise ValueError(_unfitting(c, saved)) from None
     for thing in states.values():
         if isinstance(thing, EMA):
@@ -268,13 +268,16 @@ def end(c, run):
         raise SystemExit(0)
     with inputs():
         pictures.curves(c.run)
-    trained = run.step > run.began
-    if not trained:
+    anything = run.step > run.began
+    if not anything:
         print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start "
               "over")
     if not c.sample:
         c.sheet = 0  # --n is for --evaluate
-    c.sample = c.sample or trained or not (c.run / "samples.png").exists()
+    sheet = c.run / "samples.png"
+    # the closing one may be missing, or one of those drawn before the end
+    owed = not sheet.exists() or sheet.stat().st_mtime < run.path.stat().st_mtime
+    c.sample = c.sample or anything or owed
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -348,7 +351,7 @@ class Run:
         That is what a killed run logged: it will be computed again.
         """
         import numpy
-        inner = ("given", "sheet", "fields", "defaults", "shape", "labels", "text")
+        inner = ("given", "sheet", "fields", "defaults", "shape", "text")
         settings = {name: value for name, value in vars(self.c).items() if name not in inner}
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=numpy.__version__)
@@ -519,9 +522,10 @@ class Run:
 
     def _write(self, row):
         """Add a row to metrics.csv; for names that its header lacks, write it with a longer one."""
+        there = self.table.exists()
         new = [name for name in row if name not in self.header]
-        if new:
-            old = list(csv.DictReader(self.table.read_text().splitlines())) if self.header else []
+        if new or not there:
+            old = list(csv.DictReader(self.table.read_text().splitlines())) if there else []
             self.header += new
             with written(self.table) as file, open(file, "w", newline="") as out:
                 rows = csv.DictWriter(out, self.header, extrasaction="ignore")

@@ -25,12 +25,14 @@ def guided(c, net, x, time, given, without):
 
     x: (B, ...); time: (1,) or (B,), in the network's unit. given: its further arguments by name,
     tensors (B, ...) or None; without: what stands in their place where nothing is asked for,
-    tensors of their shape, or the number that fills it. Returns (out, None) where guidance is 1 or
-    nothing is given. Opens autocast.
+    tensors of their shape, or the number that fills it. Returns (out, None) where guidance is 1.
+    ValueError for another one where nothing is given. Opens autocast.
     """
     time = time.expand(len(x))
+    if c.guidance != 1 and any(value is None for value in given.values()):
+        raise ValueError(f"guidance {c.guidance} needs what it guides by: give {', '.join(given)}")
     with flags.autocast(c):
-        if c.guidance == 1 or any(value is None for value in given.values()):
+        if c.guidance == 1:
             return net(x, time, **given), None
         both = {}
         for name, value in given.items():
@@ -55,9 +57,9 @@ def captured(step, c, net):
     """
     if c.device.type != "cuda":
         return lambda *arguments: step(c, net, *arguments)
-    worth = flags.values(c)
 
     def replay(*arguments):
+        worth = flags.values(c)
         shapes = tuple((a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
                        for a in arguments)
         key = step, id(net), worth, shapes

@@ -34,9 +34,9 @@ def alpha_bar(schedule, T):
     t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear" and T != 1000:
         log = alpha_bar("linear", 1000).log()
-        at = 1000 * t / T
-        low = at.floor().long().clamp(max=999)
-        return (log[low] + (at - low) * (log[low + 1] - log[low])).exp()
+        read = 1000 * t / T
+        low = read.floor().long().clamp(max=999)
+        return (log[low] + (read - low) * (log[low + 1] - log[low])).exp()
     if schedule in ("linear", "linear-unscaled"):
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     elif schedule == "cosine":

@@ -228,7 +228,7 @@ def test_gradients_of_the_discriminator_reach_every_parameter_of_G(shape):
     t = torch.arange(8) % 4 + 1
     x_s, _ = ddgan.fake_half(c, net, x_t, t, ddgan.walk(c), 0, AT, None)
     logit = critic(x_s, x_t, t / 4)
-    assert_close(ddgan.judge(c, critic, x_s, x_t, t, None), logit)
+    assert_close(ddgan.logits(c, critic, x_s, x_t, t, None), logit)
     ddgan.gan_loss(c, logit, True).mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name

@@ -72,7 +72,7 @@ def test_labels_of_samples_go_round_or_are_the_one_asked_for():
     c = SimpleNamespace(labels=3, device="cpu", classes=("cat", "2", "0"))
     assert draws.sample_labels(c, 5).tolist() == [0, 1, 2, 0, 1]
     # a name wins: 2 is the name of 1, and 0 that of 2
-    for label, number in (("cat", 0), ("1", 1), ("2", 1), ("0", 2)):
+    for label, number in (("cat", 0), ("1", 1), (1, 1), ("2", 1), ("0", 2)):
         assert draws.sample_labels(c, 2, label).tolist() == [number, number]
     assert draws.sample_labels(SimpleNamespace(labels=0), 5) is None
     for wrong in ("3", "dog", "-1", "1.5"):

@@ -66,11 +66,25 @@ def test_rows_are_laid_in_the_table_s_order_and_the_user_s_flags_last():
     assert flags.default(c, "batch") == 8 and flags.default(c, "T") == 4
 
 
-def test_settings_from_python_are_checked():
-    for wrong, words in ((dict(eat=1), "no flag --eat"), (dict(batch=0), "at least 1"),
-                         (dict(precision="fp8"), "--precision fp8 is not of")):
-        with pytest.raises(ValueError, match=words):
-            flags.settings("ddpm", KNOBS, RECIPES, **wrong)
+@pytest.mark.parametrize("wrong,words", [
+    (dict(eat=1), "no flag --eat"), (dict(batch=0), "at least 1"),
+    (dict(precision="fp8"), "--precision fp8 is not of"), (dict(attention=8), "not a list"),
+    (dict(classes="airplane"), "not a list or tuple"), (dict(data=3), "--data 3 is not text"),
+    (dict(eta=None), "--eta None is not a number"), (dict(seed=2.7), "not a whole number"),
+    (dict(multipliers=[1, "2"]), "not a whole number"), (dict(sigma_hat="no"), "True or False"),
+    (dict(lr=True), "--lr True is not a number"), (dict(data="swirl", heads=2), "for pictures"),
+    (dict(checkpoint="a.pt", T=50), "--T is for training: the checkpoint says what it is"),
+    (dict(checkpoint="a.pt", steps=5), "steps is for sample to take")])
+def test_settings_from_python_are_checked(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        flags.settings("ddim", ddim.FLAGS, ddim.RECIPES, **wrong)
+
+
+def test_settings_from_python_take_what_means_the_same(tmp_path):
+    c = flags.settings("ddim", ddim.FLAGS, ddim.RECIPES, multipliers=[1, 2], lr=1, label=3,
+                       run=tmp_path, device=torch.device("cpu"), encode=[tmp_path / "a.png"])
+    assert (c.multipliers, c.lr, c.label, c.run) == ((1, 2), 1.0, "3", tmp_path)
+    assert c.device == torch.device("cpu") and c.encode == (tmp_path / "a.png",)
 
 
 # ----------------------------------------------------------------------------------------- rules
@@ -97,6 +111,8 @@ class Ruled:
     ("--train --T 2 --weights 1,2", None), ("--train --T 2 --weights ,", None),
     ("--train --sample --alone --steps 3", "--steps does nothing with --alone: leave it out"),
     ("--train --sample --alone --seed 3", "--seed does nothing with --alone: leave it out"),
+    ("--train --sample --alone --seed 0", None),  # as it is anyway: a loop over values may run
+    ("--train --sample --sampled 0", None),
     ("--train --data swirl --size 8", "--size is for pictures, and swirl has points"),
     ("--sample --sampled 3", None),  # what the model has is not known yet
 ])
@@ -158,7 +174,7 @@ def test_values_are_plain_and_leave_out_what_changes_no_step():
     hash(before)
     c.seed, c.n, c.out, c.run, c.checkpoint, c.sample = 9, 5, "a.png", "elsewhere", "x.pt", True
     assert flags.values(c) == before
-    for name, value in dict(guidance=2.0, variance="beta-tilde", knob=1).items():
+    for name, value in dict(guidance=2.0, variance="beta-tilde", knob=1, many=[1, 2]).items():
         setattr(c, name, value)
         assert flags.values(c) != before
         before = flags.values(c)

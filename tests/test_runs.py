@@ -93,7 +93,8 @@ def checkpoint(path, config, **more):
 def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path):
     def read(config):
         path = checkpoint(tmp_path / "c.pt", config)
-        c = script_settings(ddpm, checkpoint=path, T=7, seed=5, guidance=0.5)
+        c = script_settings(ddpm, T=7, seed=5, guidance=0.5)
+        c.checkpoint = path
         return runs.trained(c)[0]
 
     c = read(dict(T=20, multipliers=[1, 2], out="/elsewhere.png", guidance=9.0, seed=1,
@@ -109,7 +110,7 @@ def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path):
 def test_what_a_checkpoint_does_not_know_has_the_default(tmp_path):
     """The default of row "", not the recipe's of today: it was trained before there was one."""
     path = checkpoint(tmp_path / "c.pt", dict(conditional=True))
-    c, _ = runs.trained(script_settings(ddpm, checkpoint=path, label=1))
+    c, _ = runs.trained(script_settings(ddpm, checkpoint=path, guidance=2))
     assert c.width == ddpm.RECIPES[""]["width"] != ddpm.RECIPES["digits"]["width"]
     assert c.predict == ddpm.Config.predict
 
@@ -205,6 +206,16 @@ def test_columns_may_come_go_and_change_places_between_two_runs(tmp_path):
     assert all(None not in row and len(row) == 7 for row in rows)
     pictures.curves(tmp_path)  # holes are left out
     assert (tmp_path / "loss.png").exists()
+
+
+def test_a_table_that_is_lost_while_it_trains_begins_anew(tmp_path):
+    for step in (run := runs.Run(settings(tmp_path), DATA, thing=Thing())):
+        run.log(loss=float(step))
+        if step == 20:
+            (tmp_path / "metrics.csv").unlink(missing_ok=True)
+    with open(tmp_path / "metrics.csv") as f:
+        assert [row["step"] for row in csv.DictReader(f)][-2:] == ["30", "35"]
+    pictures.curves(tmp_path)
 
 
 def test_names_that_change_within_a_run_are_told(tmp_path):
@@ -398,6 +409,24 @@ def test_a_resumed_run_keeps_the_rhythm_and_drops_later_sheets(tmp_path, monkeyp
     c = settings(tmp_path, fresh=True)
     runs.Run(c, DATA, thing=Thing())
     assert not list((tmp_path / "sheets").iterdir())
+
+
+def test_a_closing_sheet_that_is_owed_is_drawn_by_the_next_command(tmp_path, capsys):
+    """Killed while the last one was drawn: there is one already, of before the end."""
+    def ended(**more):
+        c = settings(tmp_path, iters=5)
+        for step in (run := runs.Run(c, DATA, thing=Thing())):
+            run.log(loss=1.0)
+        runs.end(c, run)
+        return c.sample
+
+    assert ended() and ended()  # none yet
+    sheet, model = tmp_path / "samples.png", tmp_path / "checkpoint.pt"
+    sheet.write_bytes(b"")
+    os.utime(sheet, (model.stat().st_mtime - 9,) * 2)
+    assert ended()
+    os.utime(sheet, (model.stat().st_mtime + 9,) * 2)
+    assert not ended() and "already trained" in capsys.readouterr().out
 
 
 def test_a_sheet_that_goes_wrong_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -36,9 +36,11 @@ def test_guidance_is_one_evaluation_of_a_doubled_batch():
 
     def unlabelled(x, time, label=None):
         return x + 7 if label is None else x
-    c.guidance = 3.0
     out, out_uncond = sampling.guided(c, unlabelled, x, torch.tensor([0.5]), dict(label=None), {})
     assert out.flatten().tolist() == [7, 7] and out_uncond is None
+    c.guidance = 3.0  # never silently without
+    with pytest.raises(ValueError, match="guidance 3.0 needs what it guides by: give label"):
+        sampling.guided(c, unlabelled, x, torch.tensor([0.5]), dict(label=None), {})
 
 
 # ---------------------------------------------------------------------------------------- graphs
@@ -109,8 +111,10 @@ def test_guidance_in_a_loop_draws_by_each_weight(graphs):
     c = SimpleNamespace(device=torch.device("cuda"), guidance=1.0, seed=0, given={"guidance"})
     net, x = object(), torch.tensor([1.0])
     drawn = []
+    down = sampling.captured(step, c, net)  # before the values change, too
     for c.guidance in (1.0, 2.0, 4.0, 2.0):
         drawn.append(sampling.captured(step, c, net)(x)[0].item())
+        assert down(x)[0].item() == drawn[-1]
     assert drawn == [1.0, 2.0, 4.0, 2.0]
     assert len(graphs) == 3  # the second 2.0 replays
     c.seed = 5  # a tensor among the arguments says which

@@ -208,9 +208,11 @@ def test_init_begins_with_the_weights_of_a_model(place, script):
     finally:
         moved.rename(file)
     assert weights(tuned)["step"] == 2
+    torch.save({name: part for name, part in old.items() if name != "ema"}, place / "bare.pt")
     for flags, words in ((["--width", 16], "--width 16 does not fit --init"),
                          (["--data", "swirl"], "was trained on data of shape"),
-                         (["--init", "cut.pt"], "cut.pt"), (["--init", "no.pt"], "no.pt")):
+                         (["--init", "cut.pt"], "cut.pt"), (["--init", "no.pt"], "no.pt"),
+                         (["--init", "bare.pt"], "bare.pt is damaged")):
         done = run(place, script, "--train", "--init", file, *flags, "--run", "new", "--fresh",
                    code=2)
         assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -287,9 +289,26 @@ def test_a_model_is_loaded_and_sampled_from_python(place, script):
     assert module.sample(c, net, 0, 1).shape == (1, 1, 8, 8)  # the method's own steps
     for wrong, words in ((dict(checkpoint="no.pt"), "no.pt is not there"),
                          (dict(checkpoint=file, eat=1), "has no flag --eat"),
-                         (dict(checkpoint=file, label=3), "--conditional")):
+                         (dict(checkpoint=file, width=8), "--width is for training"),
+                         (dict(checkpoint=file, label=3), "label is for sample to take")):
         with pytest.raises(ValueError, match=words):
             module.load(**wrong)
+
+
+def test_of_several_processes_one_samples(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        done = run(place, "ddim", "--sample", "--n", 2, "--steps", 2, "--out", f"rank{rank}.npz")
+        assert ("2 samples in" in done.stdout) == said == (place / f"rank{rank}.npz").exists()
+
+
+def test_bf16_is_too_coarse_for_another_script_s_mean(place):
+    run(place, "ddpm", "--train", "--iters", 1, *SMALL["ddpm"], "--predict", "mean",
+        "--run", "mean")
+    given = ["--sample", "--n", 2, "--steps", 2, "--checkpoint", "mean/checkpoint.pt"]
+    done = run(place, "ddim", *given, "--precision", "bf16", code=2)
+    assert "--precision bf16 is too coarse for --predict mean" in done.stderr
 
 
 def test_out_takes_every_form(place):
