@@ -579,6 +579,8 @@ def read_pictures(paths, shape):
             with _open(path) as picture:
                 pixels = _pixels(picture, shape[-1], shape[0] == 1)
                 pictures.append(torch.from_numpy(pixels.copy()))
+        except FileNotFoundError:
+            raise ValueError(f"{path} is not there: give picture files") from None
         except Exception:  # as above
             raise ValueError(f"{path} is not a picture that can be read") from None
     return torch.stack(pictures).float().div(127.5).sub(1)

@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -175,7 +176,14 @@ def _parser(method, fields, recipes, doc):
     parser = argparse.ArgumentParser(f"{method}.py", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: stop(f"{message} (python {method}.py --help lists the flags)")
+
+    def error(message):
+        wrong = message.partition("unrecognized arguments: ")[2].split()
+        like = get_close_matches(wrong[0], map(_flag, [*ACTIONS, *fields]), 1) if wrong else []
+        meant = f": did you mean {like[0]}?" if like else ""
+        stop(f"{message}{meant} (python {method}.py --help lists the flags)")
+
+    parser.error = error
     for action, help in ACTIONS.items():
         parser.add_argument(f"--{action}", action="store_true", help=help)
     sections = {}
@@ -412,6 +420,7 @@ def parse(method, groups, recipes, doc):
         actions["sample"] = True
     if not actions:
         parser.print_help()
+        print(f"\nGive at least one of {', '.join(map(_flag, ACTIONS))}.")
         parser.exit()
     c = _lay(method, groups, recipes, flagged)
     vars(c).update(actions)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from common import draws, flags, pictures, processes
+from common.data import load
 from common.files import inputs, load_checkpoint, stop, written
 from common.processes import rank, world
 
@@ -233,7 +234,6 @@ def restored(c, net, saved):
 # --------------------------------------------------------------------------------- before and after
 def load_data(c, split="train"):
     """The Dataset that the flags name; ends the program with one line where it cannot be had."""
-    from common.data import load
     if rank() > 0:  # rank 0 fetches and caches first
         processes.barrier()
     with inputs():
