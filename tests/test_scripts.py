@@ -382,7 +382,7 @@ def test_the_number_to_judge_is_not_the_number_on_the_sheet(place):
 @pytest.mark.parametrize("script", ["ddpm", "ddim"])
 def test_points_come_close_to_the_spiral(place, script):
     """Trained for seconds, points are nearer to the data than noise; and --evaluate says so."""
-    done = run(place, script, "--train", "--iters", "600", *POINTS)
+    done = run(place, script, "--train", "--iters", "400", *POINTS)
     assert "1000 samples in" in done.stdout  # 64 points would show no shape
     run(place, script, "--sample", "--data", "swirl", "--n", 30, "--steps", 5, "--out", "p.npz")
     points, _ = drawn(place / "p.npz")
@@ -476,7 +476,8 @@ def test_least_squares_with_one_latent_ignore_it_and_with_four_do_not(place):
 def test_the_discriminator_rests_until_300_updates_before_the_gan_begins(place):
     critics = []
     for iters in (1, 10, 20):
-        run(place, "ddgan", "--train", "--iters", iters, *GAN, "--pretrain", 310, "--run", "rests")
+        run(place, "ddgan", "--train", "--iters", iters, *GAN, "--multipliers", 1,
+            "--pretrain", 310, "--run", "rests")
         critics.append(weights(place / "rests")["critic"])
     assert same(critics[0], critics[1]) and not same(critics[1], critics[2])
     rows = table(place / "rests")
@@ -488,8 +489,8 @@ def test_a_terminal_of_80_columns_shows_how_often_D_is_right(place):
     fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = start(place, "ddgan", "--train", "--iters", 20, *SMALL["ddgan"], "--pretrain", 0,
-                    "--run", "bar", stderr=theirs, stdout=subprocess.DEVNULL)
+    process = start(place, "ddgan", "--train", "--iters", 20, *GAN, "--multipliers", 1,
+                    "--pretrain", 0, "--run", "bar", stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     text = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
