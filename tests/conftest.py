@@ -33,10 +33,11 @@ SMALL = ["--width", "8", "--multipliers", "1,2", "--attention", "4", "--heads", 
          "--batch", "16", "--lr", "2e-3"]
 SMALL = {"ddpm": [*SMALL, "--T", "100"],
          "ddim": [*SMALL, "--T", "100"],
+         "vdm": SMALL,
          "ddgan": [*SMALL, "--batch", "64", "--width-d", "8", "--z", "10", "--pretrain", "50",
                    "--r1-every", "4"]}
-ITERS = {"ddpm": "200", "ddim": "200", "ddgan": "80"}
-STEPS = {"ddpm": ["--steps", "7"], "ddim": ["--steps", "7"], "ddgan": []}  # ddgan.py takes its T
+ITERS = {"ddpm": "200", "ddim": "200", "vdm": "200", "ddgan": "80"}
+STEPS = {script: ["--steps", "7"] for script in SMALL} | {"ddgan": []}  # ddgan.py takes its T
 
 
 @pytest.fixture(autouse=True)

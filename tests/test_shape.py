@@ -10,7 +10,7 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("*.py"))
 # what is each method's own; whatever else two scripts have under one name is one text
 METHOD = {"network", "walk", "objective", "sample", "denoise", "train", "main", "load", "check",
-          "bound", "bits_per_dim"}
+          "bound", "bits_per_dim", "few"}
 BANNERS = ["Flags", "Notation", "The method", "Sample", "Train", "Main"]
 NARROW = [*SCRIPTS, *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")]
 WIDE = {f"{name}.py" for name in (  # from before there was a width; it goes with the next change
