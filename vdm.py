@@ -166,8 +166,9 @@ class Plain(nn.Module):
     """The paper's network (appendix B) from the parts of common/unet.py, with the U-Net's call.
 
     No map is ever halved: `blocks` residual blocks, two in the middle with attention (of one head)
-    between them, and blocks + 1 after it, which take up the maps of those before it, the last block that of the
-    first convolution. The input is added to the output. The paper's dropout is left out.
+    between them, and blocks + 1 after it, which take up the maps of those before it, the last block
+    that of the first convolution. The input is added to the output. The paper's dropout is left
+    out.
     """
 
     def __init__(self, c, channels):

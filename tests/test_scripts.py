@@ -452,10 +452,10 @@ def test_pictures_of_three_levels_are_told(place, script):
     for i in range(20):
         image = np.random.default_rng(i).integers(0, 3, (8, 8), dtype=np.uint8)
         Image.fromarray(image).save(folder / f"{i}.png")
-    small = [*SMALL[script], "--batch", 4]
-    done = run(place, script, "--train", "--iters", 1, *small, "--data", "flat", "--run", f"{script}-flat")
+    given = ["--train", "--iters", 1, *SMALL[script], "--batch", 4, "--run"]
+    done = run(place, script, *given, f"{script}-flat", "--data", "flat")
     assert "of 3 levels among 256" in done.stderr
-    done = run(place, script, "--train", "--iters", 1, *SMALL[script], "--run", f"{script}-full")
+    done = run(place, script, *given, f"{script}-full")
     assert "levels" not in done.stderr
 
 
