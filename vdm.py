@@ -1,12 +1,13 @@
 """VDM: variational diffusion models: a noise schedule that is learned, a loss that is a likelihood.
-Kingma, Salimans, Poole, Ho 2021 (arXiv:2107.00630). gamma = -log of signal to noise, alpha^2 to
-sigma^2; the weight sigmoid(gamma + 2) is Kingma and Gao's (2023, arXiv:2303.00848).
+Kingma, Salimans, Poole, Ho 2021 (arXiv:2107.00630). What the paper calls z_t is x_t here, and
+gamma(t) is log(noise^2 / signal^2). The weight sigmoid(gamma + 2) is Kingma and Gao's (2023,
+arXiv:2303.00848).
 
-    noising    z_t = alpha_t x + sigma_t eps      alpha^2 = sigmoid(-gamma(t)) = 1 - sigma^2  (1-4)
-    training   1/2 gamma'(t) | eps - eps'(z_t, gamma(t)) |^2                                  (17)
-               T/2 expm1(gamma(t) - gamma(s)) | eps - eps' |^2   with s = t - 1/T             (14)
-    sampling   x' = p_x z_t + p_out net(z_t, gamma(t))           clipped to [-1, 1]           (10)
-               z_s = c_x z_t + c_0 x' + c_n eps                  s < t, by q(z_s | z_t, x')   (9)
+    noising    x_t = signal_t x + noise_t eps     signal^2 = sigmoid(-gamma(t)) = 1 - noise^2 (1-4)
+    training   1/2 gamma'(t) | eps - eps'(x_t, gamma(t)) |^2                                  (17)
+               T/2 expm1(gamma(t) - gamma(s)) | eps - eps' |^2   s = t - 1/T: in T steps      (14)
+    sampling   x' = p_x x_t + p_out net(x_t, gamma(t))           clipped to [-1, 1]           (10)
+               x_s = c_x x_t + c_0 x' + c_n eps                  s < t, by q(x_s | x_t, x')   (9)
 
     python vdm.py --train                         # digits, drawn on the spot
     python vdm.py --sample --steps 50             # ancestral; with --flow deterministic
@@ -39,7 +40,7 @@ class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
     T: int = option(0, "steps of the bound, 0: continuous time; with --evaluate: steps to judge a "
                     "model of continuous time by too", "train evaluate", low=0, of_model=True)
-    gamma: str = option("learned", "how gamma rises with t; learned: by the paper's monotone "
+    gamma: str = option("cosine", "how gamma rises with t; learned: by the paper's monotone "
                         "network, for a loss that varies little", of_model=True,
                         choices=("learned", "linear", "cosine"))
     ends: str = option("fixed", "gamma(0) = -13.3 and gamma(1) = 5, or learned by the bound",
@@ -47,7 +48,7 @@ class Config:
     weight: str = option("sigmoid", "of the loss; bound: none, for the fewest bits; sigmoid: "
                          "sigmoid(gamma + 2), for the eye", choices=("bound", "sigmoid"))
     predict: str = option("v", "what the network's output is", choices=("eps", "v"), of_model=True)
-    fourier: tuple = option((7, 8), "powers n of sin, cos(2^n pi z) that the network is fed; none: "
+    fourier: tuple = option((7, 8), "powers n of sin, cos(2^n pi x) that the network is fed; none: "
                             "''", low=0, high=16, of_pictures=True, of_model=True)
     plain: bool = option(False, "the paper's network: one resolution, attention in the middle "
                          "alone, its input added to its output", of_pictures=True, of_model=True)
@@ -55,7 +56,7 @@ class Config:
     warmup: int = option(100, "updates over which the learning rate rises", low=0)
     steps: int = option(0, "network evaluations; default 50, or T where that is less",
                         "sample evaluate", low=1, high="T")
-    spacing: str = option("cosine", "of the steps: even in the angle atan(sigma / alpha), or in "
+    spacing: str = option("cosine", "of the steps: even in the angle atan(noise / signal), or in "
                           "gamma", "sample evaluate", choices=("cosine", "gamma"))
     flow: bool = option(False, "no noise in the steps (the probability flow)", "sample evaluate")
     clip: bool = option(True, "keep x' in [-1, 1]", "sample evaluate", of_pictures=True)
@@ -72,20 +73,25 @@ RECIPES = {  # by data set: "" is all of them, "pictures" any path; each is laid
     "gaussians": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=20_000, ema=0.999),
     "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=20_000, ema=0.999),
-    "cifar10": dict(plain=True, width=128, blocks=32, batch=128, lr=2e-4, ema=0.9999,
-                    weight_decay=0.01, iters=10_000_000, weight="bound", predict="eps",
-                    ends="learned"),  # the paper's, without its dropout of 0.1
+    "cifar10": dict(plain=True, width=128, batch=128, lr=2e-4, ema=0.9999, weight_decay=0.01,
+                    iters=10_000_000, weight="bound", predict="eps", ends="learned"),
+    # the paper's (appendix B), without its dropout of 0.1
     "pictures": dict(flip=True),
+    "plain=True": dict(blocks=32),
+    "weight=sigmoid": dict(ends="fixed"),
+    "weight=bound": dict(gamma="learned"),
 }
 
 # ========================================================================================= Notation
 # x0 (B, C, H, W) data in [-1, 1];  x = 255/256 x0, whose 256 levels are (2k + 1)/256 - 1: there the
 # features sin, cos(2^n pi x), n = 7 and 8, are the same at each level, and tell how far a noised
-# value is from the nearest one. Points (B, 2) have no levels: x = x0
-# gamma (B,) from gamma_0 = gamma(0) to gamma_1 = gamma(1);  t in [0, 1];  s < t: the next step down
-# z (in code also z_t, z_0) noised data;  x' (in code x_): what is predicted;  eps' (eps_) the same
-# alpha, sigma (B,) at gamma;  eps ~ N(0, 1);  v = alpha eps - sigma x: so eps = sigma z + alpha v
-# L (B,): a sample's loss, in nats per value;  u = (gamma(t) - gamma_0) / (gamma_1 - gamma_0): shape
+# value is from the nearest one. Points (B, 2) have no levels: x = x0;  x' (in code x_): what is
+# predicted of x
+# t in [0, 1]: the draw of a sample, or a step;  s < t: the next step down
+# gamma (B,) at t, from gamma_0 to gamma_1;  u: the share of that way, u(0) = 0 and u(1) = 1
+# x_t: data noised;  signal, noise (B,): the two roots at gamma;  eps ~ N(0, 1);  guess: what the
+# network says of x_t;  v = signal eps - noise x, hence eps = noise x_t + signal v
+# L (B,): a sample's loss, in nats per value
 
 
 # ======================================================================================= The method
@@ -93,7 +99,8 @@ class Gamma(nn.Module):
     """The noise schedule gamma(t), which rises from gamma_0 to gamma_1, both held exactly.
 
     linear   u = t
-    cosine   even in the angle atan(sigma / alpha): signal and noise are a cosine and a sine
+    cosine   u even in the angle atan(noise / signal): the two are a sine and a cosine. (Learned
+             ends stretch it; it is made for those that they begin with.)
     learned  u = (1 - m) start + m network, where network is the paper's (appendix H): positive
              weights, 1,024 sigmoids, here moved and scaled to end at 0 and 1. All of it begins near
              the start: the cosine, or where the bound is the weight the line, which is better
@@ -103,7 +110,8 @@ class Gamma(nn.Module):
     def __init__(self, c, hidden=1024):
         super().__init__()
         self.learned = c.gamma == "learned"
-        self.start = {"bound": "linear", "sigmoid": "cosine"}[c.weight] if self.learned else c.gamma
+        straight = c.gamma == "linear" or self.learned and c.weight == "bound"
+        self.register_buffer("line", torch.tensor(float(straight)))  # 1 the line, 0 the cosine
         ends = torch.tensor([GAMMA_0, GAMMA_1])
         if c.ends == "learned":
             self.ends = nn.Parameter(ends)
@@ -112,38 +120,37 @@ class Gamma(nn.Module):
         if self.learned:
             # sigmoids evenly over [0, 1], which rise as the start does there, and a line
             sharp, place = 100.0, (torch.arange(hidden) + 0.5) / hidden
+            slope = torch.lerp(cosine(place)[1], torch.ones(hidden), self.line)
             self.place = nn.Parameter(sharp * place)
             self.log_slope = nn.Parameter(torch.full((hidden,), math.log(sharp)))
-            self.log_rise = nn.Parameter((getattr(self, self.start)(place)[1] / hidden).log())
+            self.log_rise = nn.Parameter((slope / hidden).log())
             self.log_line = nn.Parameter(torch.tensor(math.log(0.1)))
             self.mix = nn.Parameter(torch.tensor(0.0))  # m = sigmoid(mix)
 
     def forward(self, t):
         """gamma at t (B,) in [0, 1]: (B,)."""
-        return self.between(self.shape(t)[0])
+        return self.between(self.rise(t)[0])
 
     def between(self, u):
         """gamma at the share u (B,) of the way from end to end."""
         return torch.lerp(self.ends[0], self.ends[1], u)
 
-    def shape(self, t):
-        """u and its derivative at t (B,): each (B,); 0 at t = 0 and 1 at t = 1, to the bit."""
-        u, du = normalised(getattr(self, self.start), t)
+    def rise(self, t):
+        """u and du/dt at t (B,): each (B,); u is 0 at t = 0 and 1 at t = 1, to the bit."""
+        u, du = self.start(t)
         if self.learned:
             m = self.mix.sigmoid()
             network, d_network = normalised(self.network, t)
             u, du = torch.lerp(u, network, m), torch.lerp(du, d_network, m)
         return u, du
 
-    def linear(self, t):
-        return t, torch.ones_like(t)
-
-    def cosine(self, t):
-        v0, v1 = angle(GAMMA_0), angle(GAMMA_1)
-        v = v0 + (v1 - v0) * t
-        return (math.pi / 2 * v).tan().log(), (v1 - v0) * math.pi / (math.pi * v).sin()
+    def start(self, t):
+        """The line or the cosine, and its derivative."""
+        u, du = normalised(cosine, t)
+        return torch.lerp(u, t, self.line), torch.lerp(du, torch.ones_like(t), self.line)
 
     def network(self, t):
+        """The paper's network and its derivative, not yet from 0 to 1."""
         line, slope, rise = self.log_line.exp(), self.log_slope.exp(), self.log_rise.exp()
         unit = (slope * t[:, None] - self.place).sigmoid()  # (B, hidden)
         h = line * t + (rise * unit).sum(1)
@@ -151,8 +158,15 @@ class Gamma(nn.Module):
 
 
 def angle(gamma):
-    """atan(sigma / alpha) at a number gamma, as a share of a right angle."""
+    """atan(noise / signal) at a number gamma, as a share of a right angle."""
     return 2 / math.pi * math.atan(math.exp(gamma / 2))
+
+
+def cosine(t):
+    """log of noise / signal, half of gamma, at t (B,) where the angle rises evenly; its slope."""
+    low, high = angle(GAMMA_0), angle(GAMMA_1)
+    share = low + (high - low) * t
+    return (math.pi / 2 * share).tan().log(), (high - low) * math.pi / (math.pi * share).sin()
 
 
 def normalised(f, t):
@@ -185,9 +199,9 @@ class Plain(nn.Module):
         self.last_norm = unet.norm(width)
         self.last = unet.zero(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, z, t, label=None):
+    def forward(self, x, t, label=None):
         e = self.embedding(t, label)
-        h = self.first(unet.fourier_input(z, self.fourier))
+        h = self.first(unet.fourier_input(x, self.fourier))
         skips = [h]
         for block in self.down:
             h = block(h, e)
@@ -196,7 +210,7 @@ class Plain(nn.Module):
             h = stage(h, e)
         for block in self.up:
             h = block(torch.cat([h, skips.pop()], 1), e)
-        return z + self.last(self.last_norm(h))
+        return x + self.last(self.last_norm(h))
 
 
 class Model(nn.Module):
@@ -206,8 +220,8 @@ class Model(nn.Module):
         super().__init__()
         self.net, self.gamma = net, gamma
 
-    def forward(self, z, time, label=None):
-        return self.net(z, time, label)
+    def forward(self, x, time, label=None):
+        return self.net(x, time, label)
 
 
 def network(c):
@@ -234,49 +248,74 @@ def onto_levels(x0):
 
 
 def weight(c, gamma):
-    """Of a sample's loss: 1 for the bound itself. Of gamma alone, so that gamma(t)'s shape does not
-    change the mean loss of continuous time, only its variance (eq. 18)."""
+    """Of a sample's loss, (B,): 1 for the bound itself.
+
+    It is a function of gamma alone, so that in continuous time the shape of gamma(t) does not
+    change the mean loss, only its variance (eq. 18).
+    """
     return torch.sigmoid(gamma + 2) if c.weight == "sigmoid" else torch.ones_like(gamma)
 
 
-def visited(c, gamma, u):
-    """Where the u (B,) in [0, 1) of a batch look, and what the error there counts in the bound.
+def visited(c, gamma, t):
+    """gamma where the t (B,) in [0, 1) look, and what an error there counts in the bound.
 
-    Returns gamma(t) (B,); the factor of |eps - eps'|^2, (B,); and the tensors that gamma's shape is
-    trained through: u(t) and u'(t) in continuous time (eq. 17), u(t) and u(s) with T steps (14).
+    Returns gamma (B,); the factor of |eps - eps'|^2, (B,); and u, du/dt (B,), through which alone
+    gamma's shape is felt in continuous time (eq. 17). With T steps each t is the upper end of its
+    T-th part (eq. 14), and there is no third.
     """
     if not c.T:
-        shape, slope = gamma.shape(u)
-        return gamma.between(shape), (gamma.ends[1] - gamma.ends[0]) * slope / 2, [shape, slope]
-    k = (u * c.T).floor()
-    shape_t, _ = gamma.shape((k + 1) / c.T)
-    shape_s, _ = gamma.shape(k / c.T)
-    gamma_t = gamma.between(shape_t)
-    factor = c.T / 2 * torch.expm1(gamma_t - gamma.between(shape_s))
-    return gamma_t, factor, [shape_t, shape_s]
-
-
-def teach_shape(knots, L):
-    """Let the backward pass of mean L (B,) bring gamma's shape the gradient of mean L^2.
-
-    d mean(L^2) is d mean(L) with each sample's part times 2 L: so it is where the shape enters, at
-    the knots, (B,) each, of `visited`. The network and the ends, whose gradients do not pass
-    there, get theirs of mean L as it is (appendix I.2).
-    """
-    for knot in knots:
-        if knot.requires_grad:
-            knot.register_hook(lambda gradient: 2 * L.detach() * gradient)
+        u, du = gamma.rise(t)
+        return gamma.between(u), (gamma.ends[1] - gamma.ends[0]) * du / 2, (u, du)
+    k = (t * c.T).floor()
+    gamma_t, gamma_s = gamma((k + 1) / c.T), gamma(k / c.T)
+    return gamma_t, c.T / 2 * torch.expm1(gamma_t - gamma_s), ()
 
 
 def error(c, net, x0, gamma, label, seed, first, step, stream):
-    """|eps - eps'(z, gamma)|^2 as a mean over each sample's values, (B,); eps by those numbers."""
-    alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
-    z, eps = add_noise(x0, alpha * onto_levels(x0), sigma, seed, first, step, stream)
-    out = net(z, time_of(gamma), label).float()
+    """|eps - eps'(x_t, gamma)|^2 as a mean over each sample's values, (B,).
+
+    eps is drawn by seed, first (the number of the first sample), step and stream.
+    """
+    signal, noise = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    x_t, eps = add_noise(x0, signal * onto_levels(x0), noise, seed, first, step, stream)
+    guess = net(x_t, time_of(gamma), label).to(x_t.dtype)
     if c.predict == "v":
         each = [-1] + [1] * (x0.ndim - 1)
-        out = sigma.view(each) * z + alpha.view(each) * out
-    return (eps - out).square().flatten(1).mean(1)
+        guess = noise.view(each) * x_t + signal.view(each) * guess
+    return (eps - guess).square().flatten(1).mean(1)
+
+
+def objective(c, net, gamma, x0, t, label, first, step):
+    """The loss of update `step`, and what is logged of it: a scalar, a dict.
+
+    t (B,) in [0, 1): where the samples look. One backward pass then trains all of it: the network
+    by the mean loss; gamma's ends, where they are learned, by the mean bound, with its other two
+    terms; gamma's shape by the mean of the squared loss, which is least where the loss varies
+    least. d mean(L^2) is d mean(L) with each sample's part times 2 L, and so it is made where the
+    shape enters, at u and du/dt (appendix I.2): no gradient of the others passes there. In T steps
+    the bound is not the same for every shape, and the shape is trained by the mean too.
+    """
+    gamma_t, factor, enters = visited(c, gamma, t)
+    with flags.autocast(c):
+        off = error(c, net, x0, gamma_t, label, c.seed, first, 2 * step, NOISE)
+    diffusion = factor * off
+    L = weight(c, gamma_t) * diffusion
+    for a in enters:
+        if a.requires_grad:
+            a.register_hook(lambda gradient: 2 * L.detach() * gradient)
+
+    gamma_0, gamma_1 = gamma.ends
+    eps = randn(x0.shape, c.seed, first, 2 * step + 1, NOISE, device=x0.device)
+    reach = reach_of(gamma_0.item() if c.ends == "learned" else GAMMA_0)
+    latent = latent_kl(onto_levels(x0) * x0, gamma_1).mean()
+    recon = reconstruction(x0, gamma_0, eps, reach).mean()
+    loss = L.mean()
+    if c.ends == "learned":
+        loss = loss + latent + recon  # elsewhere constants
+    terms = dict(reconstruction=recon, latent=latent, diffusion=diffusion.mean())
+    bits = {name: nats / math.log(2) for name, nats in terms.items()}
+    ends = dict(gamma_0=gamma_0, gamma_1=gamma_1) if c.ends == "learned" else {}
+    return loss, dict(loss=loss, square=L.square().mean()) | bits | ends
 
 
 def latent_kl(x, gamma_1):
@@ -285,57 +324,71 @@ def latent_kl(x, gamma_1):
     return 0.5 * (mean + torch.sigmoid(gamma_1) - 1 - F.logsigmoid(gamma_1)).flatten(1).mean(1)
 
 
-def levels_of(x0):
-    """The level of each value, 0..255, as float."""
+def level_of(x0):
+    """The level of each value, 0..255, like x0."""
     return ((x0 + 1) * 127.5).round()
 
 
 def spacing_of(gamma_0):
-    """The spacing of the levels, 2/256, in standard deviations of z_0 / alpha_0."""
+    """The spacing of the levels, 2/256, in standard deviations of z_0, which is x noised the least.
+
+    z_0 = x + exp(gamma_0 / 2) eps, which the paper multiplies by its signal.
+    """
     return 2 / 256 * torch.exp(-gamma_0 / 2)
 
 
-def reach(gamma_0):
-    """How many levels on either side weigh more than fp32 can tell; gamma_0: a number."""
-    return min(255, math.ceil(15 * 128 * math.exp(gamma_0 / 2)))
+def reach_of(gamma_0):
+    """How many levels on either side weigh more in a reconstruction than fp32 can tell.
+
+    gamma_0: a number. 15 standard deviations of z_0; a gamma_0 that is not finite reaches them all.
+    """
+    levels = 15 * 128 * math.exp(min(gamma_0, 0.0) / 2)
+    return math.ceil(levels) if levels < 255 else 255
 
 
-def reconstruction(x0, gamma_0, eps, levels):
+def reconstruction(x0, gamma_0, eps, reach):
     """-log p(x | z_0) in nats per value, (B,): p is proportional to q(z_0 | x) over 256 levels.
 
-    eps like x0: the noise of z_0 / alpha_0 = x + exp(gamma_0 / 2) eps. A level d places from x's
-    own has, of its logit, d r eps - d^2 r^2 / 2 more, with r of spacing_of. The sum runs over d, a
-    level at a time, so that memory does not grow with them; levels: see reach. For points p is
-    N(z_0 / alpha_0, exp(gamma_0)).
+    eps like x0: the noise of z_0. The logit of a level d places above x's own is d r eps - d^2 r^2
+    / 2 more than its own, with r of spacing_of. The sum runs over d from -reach to reach, one at a
+    time, so that memory does not grow with them where no gradient is kept. For points p is
+    N(z_0, exp(gamma_0)).
     """
     if x0.ndim == 2:
         return 0.5 * (math.log(2 * math.pi) + gamma_0 + eps.square()).mean(1)
-    own = levels_of(x0)
-    r = spacing_of(gamma_0)
+    own, r = level_of(x0), spacing_of(gamma_0)
     total = torch.zeros_like(x0)  # log of the sum; d = 0 has a logit of 0
-    for d in [*range(-levels, 0), *range(1, levels + 1)]:
-        logit = d * r * eps - (d * r) ** 2 / 2
-        there = (own + d >= 0) & (own + d <= 255)
-        total = torch.where(there, torch.logaddexp(total, logit), total)
+    for d in range(-reach, reach + 1):
+        if d != 0:
+            logit = d * r * eps - (d * r) ** 2 / 2
+            there = (own + d >= 0) & (own + d <= 255)
+            total = torch.where(there, torch.logaddexp(total, logit), total)
     return total.flatten(1).mean(1)
+
+
+def decoded(x0, gamma_0, eps):
+    """The level nearest to z_0, like x0."""
+    return (level_of(x0) + eps / spacing_of(gamma_0)).round().clamp(0, 255)
 
 
 def grid(c, gamma, steps):
     """gamma at the steps + 1 places of sampling, from gamma_0 up to gamma_1: float64, on the CPU.
 
-    The network is told gamma alone, so the places are free: even in the angle atan(sigma / alpha)
+    The network is told gamma alone, so the places are free: even in the angle atan(noise / signal)
     or in gamma, whatever shape it was trained with. A model of T steps knows T gammas: then the
-    nearest of these to each place, all different.
+    nearest of these to each place, all different. ValueError for more steps than T.
     """
     low, high = gamma.ends.tolist()
     i = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if c.spacing == "cosine":
-        v = angle(low) + (angle(high) - angle(low)) * i
-        places = 2 * (math.pi / 2 * v).tan().log()
+        share = angle(low) + (angle(high) - angle(low)) * i
+        places = 2 * (math.pi / 2 * share).tan().log()
     else:
         places = low + (high - low) * i
     if not c.T:
         return places
+    if steps > c.T:
+        raise ValueError(f"--steps {steps}: this model has T = {c.T}, so choose from 1 to {c.T}")
     known = gamma(torch.linspace(0, 1, c.T + 1, device=gamma.ends.device)).cpu().double()
     nearest = 1 + (places[1:, None] - known[1:]).abs().argmin(1)
     k = torch.arange(1, steps + 1)
@@ -344,27 +397,27 @@ def grid(c, gamma, steps):
     return known[torch.cat([torch.zeros(1, dtype=torch.long), rising])]
 
 
-def walk(c, gamma):
+def walk(c, places):
     """Coefficients of the steps down a grid of gamma (rising, float64 (K + 1,)): float32 (K, 5).
 
-    p_x, p_out, c_x, c_0, c_n of the update in this file's head. q(z_s | z_t, x), eq. 9, with
-    c = -expm1(gamma_s - gamma_t), which does not cancel; or with --flow no noise and the eps' that
-    belongs to x': z_s = alpha_s x' + sigma_s (z_t - alpha_t x') / sigma_t.
+    p_x, p_out, c_x, c_0, c_n of the update in this file's head. q(x_s | x_t, x), eq. 9, with
+    share = -expm1(gamma_s - gamma_t), which does not cancel; or with --flow no noise and the eps'
+    that belongs to x': x_s = signal_s x' + noise_s (x_t - signal_t x') / noise_t.
     """
-    gamma_s, gamma_t = gamma[:-1], gamma[1:]
-    alpha_s, sigma_s = torch.sigmoid(-gamma_s).sqrt(), torch.sigmoid(gamma_s).sqrt()
-    alpha_t, sigma_t = torch.sigmoid(-gamma_t).sqrt(), torch.sigmoid(gamma_t).sqrt()
+    gamma_s, gamma_t = places[:-1], places[1:]
+    signal_s, noise_s = torch.sigmoid(-gamma_s).sqrt(), torch.sigmoid(gamma_s).sqrt()
+    signal_t, noise_t = torch.sigmoid(-gamma_t).sqrt(), torch.sigmoid(gamma_t).sqrt()
     if c.predict == "eps":
-        p_x, p_out = 1 / alpha_t, -sigma_t / alpha_t
+        p_x, p_out = 1 / signal_t, -noise_t / signal_t
     else:
-        p_x, p_out = alpha_t, -sigma_t
+        p_x, p_out = signal_t, -noise_t
     if c.flow:
-        c_x, c_n = sigma_s / sigma_t, torch.zeros_like(gamma_t)
-        c_0 = alpha_s - alpha_t * c_x
+        c_x, c_n = noise_s / noise_t, torch.zeros_like(gamma_t)
+        c_0 = signal_s - signal_t * c_x
     else:
         share = -torch.expm1(gamma_s - gamma_t)
-        c_x = alpha_s / alpha_t * torch.exp(gamma_s - gamma_t)
-        c_0, c_n = alpha_s * share, sigma_s * share.sqrt()
+        c_x = signal_s / signal_t * torch.exp(gamma_s - gamma_t)
+        c_0, c_n = signal_s * share, noise_s * share.sqrt()
     return torch.stack([p_x, p_out, c_x, c_0, c_n], 1).float()
 
 
@@ -376,47 +429,45 @@ def few(c):
 
 @torch.no_grad()
 def sample(c, net, first, n, steps=None, label=None, frames=None):
-    """From z_1 down to z_0 in `steps` steps: samples first .. first + n - 1 of c.seed.
+    """From gamma_1 down to gamma_0 in `steps` steps: samples first .. first + n - 1 of c.seed.
 
-    label: int64 (n,) or None; frames: a list that receives each step's x'. Returns (n, *c.shape),
-    about in [-1, 1], whose nearest of 256 levels is that of z_0 / alpha_0. Of c are read T and
-    predict, as the model has them; shape, labels, device, precision; and seed, guidance, spacing,
-    flow, clip.
+    label: int64 (n,) or None; frames: a list that receives each step's x0'. Returns (n, *c.shape),
+    about in [-1, 1]; of a picture the nearest of 256 levels counts. Of c are read T and predict, as
+    the model has them; shape, labels, device, precision; and seed, guidance, spacing, flow, clip.
     """
     steps = steps or few(c)
-    gamma = grid(c, net.gamma, steps)
-    table = walk(c, gamma).to(c.device)
-    scale = 1 / onto_levels(torch.empty(1, *c.shape))
-    alpha_0 = torch.sigmoid(-gamma[0]).sqrt().item()
-    gamma = gamma.float().to(c.device)
+    places = grid(c, net.gamma, steps)
+    table = walk(c, places).to(c.device)
+    signal_0 = torch.sigmoid(-places[0]).sqrt().item()
+    gamma = places.float().to(c.device)
     number = torch.arange(steps + 1, device=c.device)  # of a step, counted from the data
     which = torch.arange(first, first + n, device=c.device)
     seed = torch.tensor(c.seed, device=c.device)
     down = sampling.captured(denoise, c, net)  # on CUDA a graph, replayed
-    z = randn((n, *c.shape), c.seed, first, stream=START, device=c.device)  # z_1
+    x = randn((n, *c.shape), c.seed, first, stream=START, device=c.device)  # at t = 1
+    back = 1 / onto_levels(x)  # from the levels to [-1, 1]
     for i in sampling.progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
-        z, x_ = down(z, gamma[i + 1:i + 2], table[i], number[i + 1], seed, which, label)
+        x, x_ = down(x, gamma[i + 1:i + 2], table[i], number[i + 1], seed, which, label)
         if frames is not None:
-            frames.append(scale * x_.cpu())
-    return scale / alpha_0 * z
+            frames.append(back * x_.cpu())
+    return back / signal_0 * x
 
 
-def denoise(c, net, z, gamma, row, number, seed, which, label):
-    """From z_t to z_s, and x' on the way: the last two lines of this file's head, in one pass.
+def denoise(c, net, x, gamma, row, number, seed, which, label):
+    """From x_t to x_s, and x' on the way: the last two lines of this file's head, in one pass.
 
     gamma (1,): at t; row (5,): the step's coefficients; number (), seed () and which (n,): what eps
     is drawn by.
     """
     given, without = dict(label=label), dict(label=c.labels)
-    out, out_uncond = sampling.guided(c, net, z, time_of(gamma), given, without)
-    return denoise_step(z, out, row, seed, which, number, STEP, out_uncond=out_uncond,
-                        guidance=c.guidance, clip=c.clip and z.ndim == 4, return_x0=True)
+    out, out_uncond = sampling.guided(c, net, x, time_of(gamma), given, without)
+    return denoise_step(x, out, row, seed, which, number, STEP, out_uncond=out_uncond,
+                        guidance=c.guidance, clip=c.clip and x.ndim == 4, return_x0=True)
 
 
 # ============================================================================================ Train
 def train(c):
-    """One backward pass trains all: the network by the loss, the ends of gamma by the bound, and
-    the shape of gamma, which changes no mean, by the variance of the loss (appendix I)."""
+    """The bound at one t for each sample; the t lie evenly in each batch (appendix I.1)."""
     check(c)
     data = runs.begin(c)  # sets c.shape, c.labels and the seed
     net = network(c).to(c.device)
@@ -425,30 +476,12 @@ def train(c):
                                   fused=c.device.type != "mps")
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
     f = torch.compile(net) if c.compile else net
-    before = curve(Gamma(c))
-    levels = reach(GAMMA_0)
+    untrained = curve(Gamma(c))
 
     for step in run:
-        # Where in time: a tenth of the labels is dropped, for guidance
+        # The loss and its terms: a tenth of the labels is dropped, for guidance
         x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
-        gamma_t, factor, knots = visited(c, net.gamma, run.spread(step))
-
-        # The network's error there, in the bound (eq. 14, 17) and as it is weighted
-        with flags.autocast(c):
-            off = error(c, f, x0, gamma_t, label, c.seed, first, 2 * step, NOISE)
-        diffusion = factor * off
-        L = weight(c, gamma_t) * diffusion
-
-        # The other two terms; of a weighted loss or with fixed ends they are constants
-        gamma_0, gamma_1 = net.gamma.ends
-        if c.ends == "learned":
-            levels = reach(gamma_0.item())
-        latent = latent_kl(onto_levels(x0) * x0, gamma_1).mean()
-        eps = randn(x0.shape, c.seed, first, 2 * step + 1, NOISE, device=c.device)
-        recon = reconstruction(x0, gamma_0, eps, levels).mean()
-        loss = L.mean() + (latent + recon if c.ends == "learned" else 0)
-
-        teach_shape(knots, L)
+        loss, told = objective(c, f, net.gamma, x0, run.spread(step), label, first, step)
 
         # One step of Adam
         runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
@@ -457,15 +490,12 @@ def train(c):
         processes.average_gradients(net)
         optimizer.step()
         ema.update(net)
-        bits = dict(reconstruction=recon, latent=latent, diffusion=diffusion.mean())
-        bits = {name: value / math.log(2) for name, value in bits.items()}
-        more = dict(gamma_0=gamma_0, gamma_1=gamma_1) if c.ends == "learned" else {}
-        run.log(loss=loss, square=L.square().mean(), **bits, **more)
+        run.log(**told)
         n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
         if n:
             run.show(sample(c, ema.net, 0, n, min(20, c.T or 20), sample_labels(c, n)))
     runs.end(c, run)
-    draw_gamma(c, before, curve(ema.net.gamma))
+    draw_gamma(c, untrained, curve(ema.net.gamma))
 
 
 def groups(net):
@@ -482,11 +512,11 @@ def curve(gamma):
     return gamma(torch.linspace(0, 1, 301, device=gamma.ends.device)).tolist()
 
 
-def draw_gamma(c, before, after):
-    """gamma.png in the run: the schedule as it started and as it is now."""
+def draw_gamma(c, untrained, now):
+    """gamma.png in the run: the schedule without training, and as it is now."""
     with inputs():
         pictures.lines(c.run / "gamma.png", torch.linspace(0, 1, 301).tolist(),
-                       {"untrained": before, "now": after}, "t", "gamma")
+                       {"untrained": untrained, "now": now}, "t", "gamma")
 
 
 # ========================================================================================= Evaluate
@@ -495,21 +525,20 @@ def bits_per_dim(c, net, data, T=None, n=500, parts=16):
     """The bound on n held-out samples at most (eq. 11), in bits per dimension: dict, bits (m, 3).
 
     The dict has the mean, its standard error over the samples, the three terms, and for pictures
-    the share of values whose nearest level to z_0 / alpha_0 is another one, beside what it should
-    be. bits are each sample's terms, means over `parts` draws of the noise: one t in each of as
-    many equal strata. In continuous time gamma runs evenly from end to end, since the bound knows
-    no shape (eq. 18); with T steps (default the model's) it is the model's own. Always in fp32.
+    the share of values whose nearest level to z_0 is another one, beside what it should be. bits
+    are each sample's terms, means over `parts` draws of the noise: one t in each of as many equal
+    strata. In continuous time gamma runs evenly from end to end, since the bound knows no shape
+    (eq. 18); with T steps (default the model's) it is the model's own. Always in fp32.
     """
     c = copy.copy(c)
     c.T = c.T if T is None else T
-    gamma_0, gamma_1 = net.gamma.ends
     gamma = net.gamma
     if not c.T:
-        straight = copy.copy(c)
-        straight.gamma = "linear"
-        gamma = Gamma(straight).to(c.device)
+        c.gamma = "linear"
+        gamma = Gamma(c).to(c.device)
         gamma.ends = net.gamma.ends
-    levels = reach(gamma_0.item())
+    gamma_0, gamma_1 = net.gamma.ends
+    reach = reach_of(gamma_0.item())
     wrong = values = outermost = 0
     bits = []
     chosen = metrics.choice(len(data), n)
@@ -517,37 +546,35 @@ def bits_per_dim(c, net, data, T=None, n=500, parts=16):
         x0, label = data.batch(chosen[first:first + 32], c.device)
         label = torch.where(label < 0, c.labels, label) if c.conditional else None
         recon = diffusion = 0
-        u = draws.strata(parts, len(x0), draws.generator(c.seed, JUDGE, first)).float()
+        t = draws.strata(parts, len(x0), draws.generator(c.seed, JUDGE, first)).float()
         for k in range(parts):
             eps = randn(x0.shape, c.seed, first, 2 * k + 1, JUDGE, device=c.device)
-            recon = recon + reconstruction(x0, gamma_0, eps, levels)
-            gamma_t, factor, _ = visited(c, gamma, u[k].to(c.device))
-            off = error(c, net, x0, gamma_t, label, c.seed, first, 2 * k, JUDGE)
+            recon = recon + reconstruction(x0, gamma_0, eps, reach)
+            gamma_t, factor, _ = visited(c, gamma, t[k].to(c.device))
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                off = error(c, net, x0, gamma_t, label, c.seed, first, 2 * k, JUDGE)
             diffusion = diffusion + factor * off
             if x0.ndim == 4:
-                wrong += (decoded(x0, gamma_0, eps) != levels_of(x0)).sum().item()
+                wrong += (decoded(x0, gamma_0, eps) != level_of(x0)).sum().item()
                 values += x0.numel()
                 outermost += (x0.abs() == 1).sum().item()
         latent = latent_kl(onto_levels(x0) * x0, gamma_1)
         terms = torch.stack([recon / parts, latent, diffusion / parts], 1)
-        bits.append(terms.double().cpu() / math.log(2))
+        bits.append(terms.cpu().double() / math.log(2))
     bits = torch.cat(bits)
     total = bits.sum(1)
-    result = {"bits/dim": total.mean().item(),
-              "bits/dim +-": (total.std() / len(total) ** 0.5).item()}
+    result = {"bits/dim": total.mean().item()}
+    if len(total) > 1:
+        result["bits/dim +-"] = (total.std() / len(total) ** 0.5).item()
     for name, mean in zip(TERMS, bits.mean(0).tolist()):
         result[name] = mean
     if values:
         # farther than half of the spacing on either side; the outermost levels have one
-        tail = 0.5 * torch.special.erfc(spacing_of(gamma_0.double()) / 2 / 2 ** 0.5).item()
+        half = spacing_of(gamma_0.cpu().double()) / 2
+        tail = torch.special.ndtr(-half).item()
         result["decoded wrongly"] = wrong / values
         result["by its formula"] = tail * (2 - outermost / values)
     return result, bits
-
-
-def decoded(x0, gamma_0, eps):
-    """The level nearest to z_0 / alpha_0 = x + exp(gamma_0 / 2) eps."""
-    return (levels_of(x0) + eps / spacing_of(gamma_0)).round().clamp(0, 255)
 
 
 def judge_bits(c, net, T):
@@ -557,8 +584,8 @@ def judge_bits(c, net, T):
     result, bits = bits_per_dim(c, net, data)
     if T != c.T:
         discrete, _ = bits_per_dim(c, net, data, T)
-        for name in ("bits/dim", "bits/dim +-", "diffusion"):
-            result[f"{name}, T = {T}"] = discrete[name]
+        told = {name: discrete[name] for name in ("bits/dim", "bits/dim +-", "diffusion")}
+        result |= {f"{name}, T = {T}": value for name, value in told.items()}
     rows = ["number,label,bits/dim," + ",".join(TERMS)]
     for i, terms in zip(metrics.choice(len(data), len(bits)).tolist(), bits.tolist()):
         numbers = [f"{x:.6g}" for x in (sum(terms), *terms)]
@@ -575,10 +602,11 @@ def check(c):
         stop(f"--ends learned is for pictures, and {c.name} has points: without levels the bound "
              "falls for ever as gamma(0) does")
     if c.ends == "learned" and c.weight != "bound":
-        stop("--ends learned needs --weight bound: only the bound knows where the ends should be")
-    if c.plain:
-        for name in sorted(c.given & {"multipliers", "attention", "heads", "resample"}):
-            stop(f"--{name} does nothing with --plain: leave it out")
+        stop("--ends learned needs --weight bound, since only the bound knows where they should "
+             "be: give that, or --ends fixed")
+    idle = sorted(c.given & {"multipliers", "attention", "heads", "resample"})
+    if c.plain and idle:
+        stop(f"--{idle[0]} does nothing with --plain: leave it out, or give --no-plain")
 
 
 def load(checkpoint="", *, parsed=None, **given):

@@ -90,12 +90,12 @@ def curves(folder):
         figure.savefig(file, format="png")
 
 
-def lines(path, x, curves, xlabel, ylabel):
-    """Write one panel of curves over x as a PNG; curves: name -> as many numbers as x has."""
+def lines(path, x, named, xlabel, ylabel):
+    """Write one panel of curves over x as a PNG; named: name -> as many numbers as x has."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.6), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for name, values in curves.items():
+    for name, values in named.items():
         axes.plot(x, values, linewidth=1, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(fontsize="small")

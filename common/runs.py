@@ -253,8 +253,8 @@ def begin(c):
         stop(f"--conditional needs data with at least two classes; {c.data} has "
              f"{len(data.classes)}")
     if len(data.shape) == 3 and data.levels() < 4 and rank() == 0:
-        print(f"nearly all values of {c.data} are of {data.levels()} levels among 256: pictures "
-              "that were scaled twice are like that, and samples will look empty", file=sys.stderr)
+        print(f"nearly all values of {c.data} are of {data.levels()} levels among 256: if these "
+              "are pictures that were scaled twice, samples will look empty", file=sys.stderr)
     c.conditional = c.conditional and len(data.classes) > 0  # --init's file may have had labels
     c.shape, c.labels = tuple(data.shape), len(data.classes) if c.conditional else 0
     torch.manual_seed(c.seed)  # the networks' first weights

@@ -33,7 +33,7 @@ SMALL = ["--width", "8", "--multipliers", "1,2", "--attention", "4", "--heads", 
          "--batch", "16", "--lr", "2e-3"]
 SMALL = {"ddpm": [*SMALL, "--T", "100"],
          "ddim": [*SMALL, "--T", "100"],
-         "vdm": SMALL,
+         "vdm": [*SMALL, "--gamma", "learned"],  # which has a state of its own
          "ddgan": [*SMALL, "--batch", "64", "--width-d", "8", "--z", "10", "--pretrain", "50",
                    "--r1-every", "4"]}
 ITERS = {"ddpm": "200", "ddim": "200", "vdm": "200", "ddgan": "80"}
