@@ -13,6 +13,9 @@ arXiv:2303.00848).
     python vdm.py --sample --steps 50             # ancestral; with --flow deterministic
     python vdm.py --evaluate                      # bits/dim in its three terms, then FCD, ...
     python vdm.py --train --weight bound --run runs/bits      # for a likelihood, not for the eye
+
+Digits on two cores of a Xeon: 2.5 minutes, FCD 1.3 (floor 0.16) at 50 steps, where ddim.py had 1.5
+on the same day; with --weight bound 2.05 bits/dim; one run each.
 """
 import copy
 import math
@@ -105,6 +108,10 @@ class Gamma(nn.Module):
              weights, 1,024 sigmoids, here moved and scaled to end at 0 and 1. All of it begins near
              the start: the cosine, or where the bound is the weight the line, which is better
              there: of the bound two thirds lie at gamma < -5, where the cosine hardly goes.
+
+    The default is what measured best on digits: the cosine with the weight sigmoid (FCD 1.31, 1.30;
+    learned 1.64, 1.58; linear 3.7), learned with the bound (2.05 bits/dim; linear 2.09, cosine
+    3.20).
     """
 
     def __init__(self, c, hidden=1024):
