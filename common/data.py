@@ -40,6 +40,7 @@ POINTS = ("swirl", "gaussians")  # the others are pictures
 # [-1, 1]
 GAUSSIANS_MEANS = torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2)) / 4.5
 GAUSSIANS_SIGMA = 0.05 / 4.5
+SWIRL_SIGMA = 0.01  # of points about the curve
 
 DIGITS = [str(d) for d in range(10)]
 FASHION = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
@@ -295,6 +296,13 @@ def _stack(digits, labels, splits, seed):
     return images, numbers, np.arange(len(rows)) >= 50_000, names
 
 
+def swirl_curve(u):
+    """The line that the swirl's points lie along, at u (n,) in [0, 1]: (n, 2)."""
+    angle = 1.5 * torch.pi * (1 + 2 * u)
+    radius = angle / (4.5 * torch.pi) * 0.95
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
 def _points(name, split, seed):
     """1,024 points of a swirl of one and a half turns, or 20,000 of the 25 Gaussians.
 
@@ -302,10 +310,8 @@ def _points(name, split, seed):
     """
     g = torch.Generator().manual_seed(2 * seed + (split == "test"))
     if name == "swirl":
-        angle = 1.5 * torch.pi * (1 + 2 * torch.rand(1024, generator=g))
-        radius = angle / (4.5 * torch.pi) * 0.95
-        curve = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-        return (curve + 0.01 * torch.randn(1024, 2, generator=g)).clamp(-1, 1)
+        curve = swirl_curve(torch.rand(1024, generator=g))
+        return (curve + SWIRL_SIGMA * torch.randn(1024, 2, generator=g)).clamp(-1, 1)
     n = 2_000 if split == "test" else 20_000
     means = GAUSSIANS_MEANS[torch.randint(25, (n,), generator=g)]
     return means + GAUSSIANS_SIGMA * torch.randn(n, 2, generator=g)

@@ -182,6 +182,19 @@ def grid_modes(points, centres, sigma):
             "kl": kl(nearest.bincount(minlength=k), 1 / k)}
 
 
+def on_curve(points, curve, sigma):
+    """Points (N, 2) about a curve, given as many of its points (K, 2): a dict of floats.
+
+    on_curve: the share at most 3 sigma from it (0.9973 of what is noised by sigma, and lies about a
+    straight line). std: the root of the mean of both coordinates' variances.
+    """
+    points = points.double()
+    blocks = [d.min(1).values for _, d in _squared_distances(points, curve.double())]
+    distance = torch.cat(blocks).sqrt()
+    return {"on_curve": float((distance <= 3 * sigma).double().mean()),
+            "std": float(points.var(0).mean().sqrt())}
+
+
 def inception_score(probabilities, block=5000):
     """exp of the mean of KL(p(y|x) || p(y)), p (N, K).
 
@@ -509,7 +522,8 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
     classes, shares as multiples of the data's); for `stacked` modes, modes_of, kl instead; with
     `inception` fid, is.
     Points: samples, wasserstein, wasserstein_floor, floor_n, precision to coverage; for `gaussians`
-    modes, modes_of, within (3 sigma), spread (in sigma), kl.
+    modes, modes_of, within (3 sigma), spread (in sigma), kl; for `swirl` on_curve (3 sigma), std,
+    and of the held-out points on_curve_of_data, std_of_data.
 
     The reference is the training pictures of the kept classes, 20,000 by a fixed choice where there
     are more. The floor is that of floor_n held-out pictures: as many as samples (the mean of up to
@@ -561,6 +575,11 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
     result |= neighbours(real[:NEIGHBOURS], fake[:NEIGHBOURS])
     if name == "gaussians":
         result |= grid_modes(fake, data.GAUSSIANS_MEANS, data.GAUSSIANS_SIGMA)
+    elif name == "swirl":
+        curve = data.swirl_curve(torch.linspace(0, 1, 2000))
+        result |= on_curve(fake, curve, data.SWIRL_SIGMA)
+        of_data = on_curve(test.points, curve, data.SWIRL_SIGMA)
+        result |= {f"{key}_of_data": value for key, value in of_data.items()}
     elif stacked:
         numbers = logits.argmax(2) @ torch.tensor([100, 10, 1])
         found = numbers.bincount(minlength=1000)
@@ -588,13 +607,17 @@ def report(result):
         "class_least": ("class shares", "{class_least:.2f} to {class_most:.2f} times the data's"),
         "modes": ("modes found", "{modes:.0f} of {modes_of:.0f}"),
         "within": ("within 3 sigma", "{within:.2%}"),
+        "on_curve": ("within 3 sigma of the curve",
+                     "{on_curve:.2%}  (the data's {on_curve_of_data:.2%})"),
+        "std": ("standard deviation", "{std:.4f}  (the data's {std_of_data:.4f})"),
         "spread": ("spread of a mode", "{spread:.2f} sigma  (the data's 0.97)"),
         "kl": ("modes, KL to uniform", "{kl:.4f}"),
         "fid": ("FID", "{fid:.4g}"),
         "is": ("IS", "{is:.4g}"),
     }
     # shown beside another
-    beside = ("fcd_floor", "wasserstein_floor", "floor_n", "class_most", "modes_of")
+    beside = ("fcd_floor", "wasserstein_floor", "floor_n", "class_most", "modes_of",
+              "on_curve_of_data", "std_of_data")
     lines = []
     for key, value in result.items():
         if key in beside:
@@ -642,11 +665,13 @@ def judge(c, draw, evaluations):
 
 
 def write_result(c, result):
-    """Print the table and keep it as evaluation.json in the run.
+    """Print the table and keep it as evaluation.json in the run, with how the samples were drawn.
 
     Where it cannot be written, a full disk say, the program ends with one line.
     """
     print(report(result))
-    kept = result | {"checkpoint": c.checkpoint, "seed": c.seed}
+    drawn = {name: getattr(c, name) for name, field in c.fields.items()
+             if field.metadata["use"] == "sample evaluate" and name not in ("n", "steps")}
+    kept = result | drawn | {"seed": c.seed}
     with inputs(), written(c.run / "evaluation.json") as file:
         file.write_text(json.dumps(kept, indent=2) + "\n")

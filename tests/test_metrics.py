@@ -425,7 +425,8 @@ def test_points(monkeypatch, tmp_path):
                         lambda name, root, size, classes, split, seed: Points({"train": 1, "test": 2}[split]))
     fine = metrics.evaluate(Points(3).points, "swirl", str(tmp_path))
     assert list(fine) == ["samples", "wasserstein", "wasserstein_floor", "floor_n", "precision", "recall",
-                          "density", "coverage"]
+                          "density", "coverage", "on_curve", "std", "on_curve_of_data", "std_of_data"]
+    assert fine["std"] == pytest.approx(1, abs=0.1) and fine["on_curve"] < 0.5
     assert fine["wasserstein"] < 0.15 and fine["wasserstein_floor"] < 0.15
     moved = metrics.evaluate(Points(3).points + 1, "swirl", str(tmp_path))
     assert moved["wasserstein"] == pytest.approx(2**0.5 * 2 / math.pi, abs=0.2)         # E |<u, (1, 1)>|
@@ -436,6 +437,19 @@ def test_points(monkeypatch, tmp_path):
     broken[7, 1] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         metrics.evaluate(broken, "swirl", str(tmp_path))
+
+
+def test_the_share_on_the_curve():
+    """Of points noised by sigma about a line, erf(3 / sqrt(2)) lie within 3 sigma; at 1.5 sigma twice as wide."""
+    line = torch.stack([torch.linspace(-1, 1, 2000), torch.zeros(2000)], 1)
+    points = torch.stack([normal(20_000, seed=1).clamp(-3, 3) / 4, 0.01 * normal(20_000, seed=2)], 1)
+    for wider, want in ((1, 0.9973), (2, 0.8664)):
+        told = metrics.on_curve(points * torch.tensor([1, wider]), line, 0.01)
+        assert told["on_curve"] == pytest.approx(want, abs=4 * (want * (1 - want) / 20_000) ** 0.5)
+    swirl = metrics.data.load("swirl", split="test").points
+    curve = metrics.data.swirl_curve(torch.linspace(0, 1, 2000))
+    told = metrics.on_curve(swirl, curve, metrics.data.SWIRL_SIGMA)
+    assert told["on_curve"] > 0.99 and told["std"] == pytest.approx(0.209 ** 0.5, abs=0.02)
 
 
 def test_report():

@@ -380,10 +380,11 @@ def test_the_number_to_judge_is_not_the_number_on_the_sheet(place):
     assert "64 samples" in done.stdout and result(place / "sheet")["samples"] == 100
 
 
-@pytest.mark.parametrize("script", ["ddpm", "ddim", "vdm"])
+@pytest.mark.parametrize("script", ["ddpm", "ddim", "vdm", "shortcut_mcmc"])
 def test_points_come_close_to_the_spiral(place, script):
     """Trained for seconds, points are nearer to the data than noise; and --evaluate says so."""
-    done = run(place, script, "--train", "--iters", "400", *POINTS)
+    chains = ["--fidelity", 0.3, "--K", 3] if script == "shortcut_mcmc" else []
+    done = run(place, script, "--train", "--iters", "400", *POINTS, *chains)
     assert "1000 samples in" in done.stdout  # 64 points would show no shape
     run(place, script, "--sample", "--data", "swirl", "--n", 30, "--steps", 5, "--out", "p.npz")
     points, _ = drawn(place / "p.npz")
@@ -391,7 +392,10 @@ def test_points_come_close_to_the_spiral(place, script):
     done = run(place, script, "--evaluate", "--data", "swirl")
     told = result(place / "runs" / f"{script}-swirl")
     assert "sliced Wasserstein" in done.stdout
-    assert told["samples"] == 1000 and told["network evaluations"] == 50
+    evaluations = 20 if script == "shortcut_mcmc" else 50
+    assert told["samples"] == 1000 and told["network evaluations"] == evaluations
+    assert 0 <= told["on_curve"] < 0.9 < told["on_curve_of_data"]
+    assert "within 3 sigma of the curve" in done.stdout
     # of pure noise: 0.4 (measured)
     assert told["wasserstein_floor"] < told["wasserstein"] < 0.15
 
@@ -472,6 +476,43 @@ def test_pictures_of_three_levels_are_told(place, script):
     assert "of 3 levels among 256" in done.stderr
     done = run(place, script, *given, f"{script}-full")
     assert "levels" not in done.stderr
+
+
+# --------------------------------------------------------------------------- shortcut_mcmc.py's own
+def test_a_shortcut_run_learns_and_tells_its_fidelity(place):
+    folder = place / "runs" / "shortcut_mcmc-digits"
+    assert {"checkpoint.pt", "metrics.csv", "samples.png"} <= {p.name for p in folder.iterdir()}
+    rows = table(folder)
+    assert rows.dtype.names[2:] == ("bound", "fidelity") and len(rows) == 20
+    assert rows["bound"][-5:].mean() < 0.6 * rows["bound"][0]
+    assert rows["fidelity"][-5:].mean() < 0.9 * rows["fidelity"][:3].mean()
+    assert len(np.unique(np.asarray(Image.open(folder / "samples.png")))) > 20
+
+
+def test_every_flag_of_a_chain_does_something(place):
+    """Runs that differ by one flag differ; a chain that is computed anew is the same one."""
+    given = ["--train", "--iters", 10, *SMALL["shortcut_mcmc"]]
+    end = {}
+    for more in ([], ["--score", "square"], ["--every", 10], ["--part", 4], ["--K", 2],
+                 ["--alternate"], ["--fidelity", 0.1], ["--checkpoint-chain"]):
+        folder = "-".join(["way", *map(str, more)])
+        run(place, "shortcut_mcmc", *given, *more, "--run", folder)
+        assert np.isfinite(losses(place / folder)).all()
+        end[" ".join(map(str, more))] = weights(place / folder)["net"]
+    for more, net in end.items():
+        far = max((net[name] - end[""][name]).abs().max() for name in net)
+        assert (far < 1e-6) if more in ("", "--checkpoint-chain") else (far > 1e-4), more
+
+
+def test_the_three_updates_of_a_shortcut_model_differ(place):
+    """One checkpoint; and --spacing random visits others of its steps."""
+    drawn_by = []
+    for more in (["--update", "renoise"], ["--update", "ancestral"], ["--update", "flow"],
+                 ["--spacing", "random"]):
+        run(place, "shortcut_mcmc", "--sample", "--n", 16, "--steps", 20, *more, "--out", "u.npz")
+        drawn_by.append(drawn(place / "u.npz")[0])
+    for i, one in enumerate(drawn_by):
+        assert one.std() > 20 and all((one != other).any() for other in drawn_by[:i])
 
 
 # ----------------------------------------------------------------------------------- ddgan.py's own
@@ -635,7 +676,7 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--train --data gaussians --size 8", "--size is for pictures"),
     ("--sample --data swirl --out folder", ".npz"),
 ]
-NOT = {"ddpm": (), "ddim": (), "vdm": ("--steps 101", "--T 1"),
+NOT = {"ddpm": (), "ddim": (), "vdm": ("--steps 101", "--T 1"), "shortcut_mcmc": (),
        "ddgan": ("--steps", "--T 1", "--guidance", "--schedule")}
 OWN = {
     "ddpm": [
@@ -670,6 +711,24 @@ OWN = {
         ("--sample --data swirl --no-clip", "--clip is for pictures"),
         ("--evaluate --checkpoint steps.pt --T 5", "trained in 50 steps"),
         ("--sample --checkpoint steps.pt --steps 51", "choose from 1 to 50"),
+    ],
+    "shortcut_mcmc": [
+        ("--sample --eta 0.5", "--eta"),
+        ("--sample --checkpoint runs/ddim-digits/checkpoint.pt", "checkpoint of ddim.py"),
+        ("--sample --update shortcut", "--update"),
+        ("--sample --K 3", "--train"),
+        ("--train --fidelity 0 --K 3 --fresh", "--K does nothing with --fidelity 0.0"),
+        ("--train --fidelity 0 --score square --fresh", "--score does nothing with --fidelity"),
+        ("--train --fidelity 0 --alternate --fresh", "--alternate does nothing with --fidelity"),
+        ("--train --fidelity 1 --alternate --every 2 --fresh", "--every does nothing with"),
+        ("--train --fidelity 1 --part 5 --fresh", "--part 5 does not divide --batch 64"),
+        ("--train --fidelity 1 --part 65 --fresh", "--part 65 is more than --batch 64"),
+        ("--train --fidelity 1 --K 9 --T 8 --fresh", "--K 9 is more than --T 8"),
+        ("--train --fidelity 1 --T 4 --fresh", "--K 5 is more than --T 4"),
+        ("--train --fidelity 1 --K 1 --fresh", "give --K 2 or more"),
+        ("--train --fidelity 1 --every 4 --fresh", "--every"),
+        ("--train --fidelity 1 --T 2000000 --fresh", "more noises than there are"),
+        ("--train --fidelity -1 --fresh", "--fidelity"),
     ],
     "ddgan": [
         ("--sample --steps 3", "T = 4"),
