@@ -491,7 +491,7 @@ def test_a_shortcut_run_learns_and_tells_its_fidelity(place):
 
 def test_every_flag_of_a_chain_does_something(place):
     """Runs that differ by one flag differ; a chain that is computed anew is the same one."""
-    given = ["--train", "--iters", 10, *SMALL["shortcut_mcmc"]]
+    given = ["--train", "--iters", 20, *SMALL["shortcut_mcmc"]]
     end = {}
     for more in ([], ["--score", "square"], ["--every", 10], ["--part", 4], ["--K", 2],
                  ["--alternate"], ["--fidelity", 0.1], ["--checkpoint-chain"]):
