@@ -15,6 +15,11 @@ the network cancel it. Here steps and noises are drawn anew in each update.
     python shortcut_mcmc.py --sample --data swirl --steps 10
     python shortcut_mcmc.py --train                        # digits, drawn on the spot
     python shortcut_mcmc.py --sample --update renoise      # as the paper samples
+
+Swirl on one core of a Xeon: 3 minutes, ten shortcuts: sliced Wasserstein 0.095 with the energy
+score, 0.153 with squares, 0.122 without (floor 0.020), three runs each. Digits on two cores: 2.5
+minutes, FCD 1.8 (floor 0.16) at 20 ancestral steps, one run, without the term, which made pictures
+worse.
 """
 import math
 from dataclasses import dataclass
