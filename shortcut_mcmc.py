@@ -31,7 +31,7 @@ from common import draws, flags, metrics, processes, runs, sampling, unet
 from common.draws import NOISE, START, STEP, VISIT, sample_labels
 from common.files import stop
 from common.flags import option
-from common.schedules import before, timesteps
+from common.schedules import before, posterior, prediction, timesteps
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
 
@@ -137,16 +137,12 @@ def walk(c, tau, update):
     gamma_s = torch.where(s > 0, gamma_of(s.double() / c.T), -torch.inf)  # clean data have no noise
     signal_s, noise_s = torch.sigmoid(-gamma_s).sqrt(), torch.sigmoid(gamma_s).sqrt()
     signal_t, noise_t = torch.sigmoid(-gamma_t).sqrt(), torch.sigmoid(gamma_t).sqrt()
-    if c.predict == "eps":
-        p_x, p_out = 1 / signal_t, -noise_t / signal_t
-    else:
-        p_x, p_out = signal_t, -noise_t
+    p_x, p_out = prediction(c.predict, signal_t ** 2, None)
     if update == "renoise":
         c_x, c_0, c_n = torch.zeros_like(signal_s), signal_s, noise_s
     elif update == "ancestral":
-        share = -torch.expm1(gamma_s - gamma_t)
-        c_x = signal_s / signal_t * torch.exp(gamma_s - gamma_t)
-        c_0, c_n = signal_s * share, noise_s * share.sqrt()
+        c_x, c_0, _, variance = posterior(signal_t ** 2, signal_s ** 2)
+        c_n = variance.sqrt()
     else:
         c_x, c_n = noise_s / noise_t, torch.zeros_like(signal_s)
         c_0 = signal_s - signal_t * c_x

@@ -30,6 +30,7 @@ from common.data import POINTS
 from common.draws import JUDGE, NOISE, START, STEP, sample_labels
 from common.files import inputs, stop, written
 from common.flags import option
+from common.schedules import prediction
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
 
@@ -107,7 +108,8 @@ class Gamma(nn.Module):
     learned  u = (1 - m) start + m network, where network is the paper's (appendix H): positive
              weights, 1,024 sigmoids, here moved and scaled to end at 0 and 1. All of it begins near
              the start: the cosine, or where the bound is the weight the line, which is better
-             there: of the bound two thirds lie at gamma < -5, where the cosine hardly goes.
+             there: of the bound of Gaussian data two thirds lie at gamma < -5, where the cosine
+             hardly goes.
 
     The default is what measured best on digits: the cosine with the weight sigmoid (FCD 1.31, 1.30;
     learned 1.64, 1.58; linear 3.7), learned with the bound (2.05 bits/dim; linear 2.09, cosine
@@ -414,10 +416,7 @@ def walk(c, places):
     gamma_s, gamma_t = places[:-1], places[1:]
     signal_s, noise_s = torch.sigmoid(-gamma_s).sqrt(), torch.sigmoid(gamma_s).sqrt()
     signal_t, noise_t = torch.sigmoid(-gamma_t).sqrt(), torch.sigmoid(gamma_t).sqrt()
-    if c.predict == "eps":
-        p_x, p_out = 1 / signal_t, -noise_t / signal_t
-    else:
-        p_x, p_out = signal_t, -noise_t
+    p_x, p_out = prediction(c.predict, signal_t ** 2, None)
     if c.flow:
         c_x, c_n = noise_s / noise_t, torch.zeros_like(gamma_t)
         c_0 = signal_s - signal_t * c_x
@@ -585,8 +584,11 @@ def bits_per_dim(c, net, data, T=None, n=500, parts=16):
 
 
 def judge_bits(c, net, T):
-    """What --evaluate says of bits: the model's own bound and, of a model of continuous time, that
-    in T steps too where T is not 0. Each sample's bits go to bits.csv in the run."""
+    """What --evaluate says of bits: a dict. Each sample's go to bits.csv in the run.
+
+    The model's own bound; and where T is another, which a model of continuous time allows, that in
+    T steps too.
+    """
     data = runs.load_data(c, "test")
     result, bits = bits_per_dim(c, net, data)
     if T != c.T:
