@@ -91,12 +91,6 @@ RECIPES = {  # by data set or circumstance; each row that applies is laid over t
                 recon=(8.0, 0.0, 5.0, 5.0)),
     "T=1": dict(pretrain=0, lr=2e-4, lr_d=2e-4),  # of pure noise least squares learn the mean
     "fake=direct": dict(pretrain=0, recon=()),  # of x_s too, most of which is noise at large t
-    "digits": dict(width=32, attention=(), decay=7_000, iters=7_000, minutes=14),
-    "stacked": dict(width=32, attention=(), decay=7_000, iters=7_000, minutes=14),
-    "swirl": GAN_ALONE | dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3, r1=0.05,
-                              r1_every=1, decay=30_000, iters=30_000),
-    "gaussians": GAN_ALONE | dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3,
-                                  r1=0.05, r1_every=1, decay=30_000, iters=30_000),
     "mnist": dict(multipliers=(1, 2, 2, 2), decay=40_000, iters=40_000),
     "fashion-mnist": dict(multipliers=(1, 2, 2, 2), decay=40_000, iters=40_000),
     "cifar10": PAPER | dict(width=128, multipliers=(1, 2, 2, 2), batch=256, lr=1.6e-4, lr_d=1.25e-4,
@@ -105,6 +99,17 @@ RECIPES = {  # by data set or circumstance; each row that applies is laid over t
                               iters=750_000),  # a folder of this name
     "lsun": PAPER | dict(size=256, lr=1.6e-4, lr_d=1e-4, decay=985_000, iters=985_000),
     "pictures": dict(decay=100_000, flip=True),
+    # without a GPU what is above is days; what is below knows a laptop
+    "cpu": dict(size=0, width=32, multipliers=(1, 2, 2), blocks=1, attention=(), resample="conv",
+                width_d=32, batch=64, minutes=30),
+    "digits": dict(width=32, width_d=64, attention=(), batch=64, decay=7_000, iters=7_000,
+                   minutes=14),
+    "stacked": dict(width=32, width_d=64, attention=(), batch=64, decay=7_000, iters=7_000,
+                    minutes=14),
+    "swirl": GAN_ALONE | dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3,
+                              r1=0.05, r1_every=1, decay=30_000, iters=30_000, minutes=0),
+    "gaussians": GAN_ALONE | dict(z=16, width=128, width_d=128, batch=512, lr=2e-3, lr_d=2e-3,
+                                  r1=0.05, r1_every=1, decay=30_000, iters=30_000, minutes=0),
     "init": dict(pretrain=0),  # G knows by now what least squares teach
 }
 
@@ -491,7 +496,7 @@ def train(c):
     if run.step <= c.pretrain:
         run.warn(f"the GAN has not begun: the first {c.pretrain} updates are least squares "
                  "(--pretrain)")
-    runs.end(c, run)
+    runs.end(c, run, c.T)
 
 
 # ============================================================================================= Main
@@ -547,6 +552,7 @@ def main():
             draw.keep(sample(c, net, first, n, c.T, label, draw.frames))
         draw.save(c.T)
     if c.evaluate:
+        metrics.prepare(c)
         draw = sampling.Draw(c, c.n or 1000)
         for first, n, label in draw:
             draw.keep(sample(c, net, first, n, c.T, label))

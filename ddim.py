@@ -61,16 +61,21 @@ FLAGS = (Config, flags.Unet, flags.Training, flags.Labels, flags.Guidance)
 RECIPES = {  # by data set: "" is all of them, "pictures" any path; each is laid over those above
     "": dict(width=64, multipliers=(1, 2, 2), blocks=1, attention=(16, 8), heads=4, batch=64,
              lr=5e-4, ema=0.9995, iters=100_000),
-    "digits": dict(width=32, attention=(), lr=2e-3, ema=0.995, iters=3000, minutes=2.5),
-    "stacked": dict(attention=(8,), lr=1e-3, ema=0.999, iters=20_000),
-    "swirl": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000),
-    "gaussians": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000),
     "mnist": dict(multipliers=(1, 2, 2, 2), iters=20_000, ema=0.999),
     "fashion-mnist": dict(multipliers=(1, 2, 2, 2), iters=20_000, ema=0.999),
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), batch=128,
                     lr=2e-4, warmup=5000, ema=0.9999, iters=500_000, flip=True,
                     schedule="linear", predict="eps"),  # Ho 2020, appendix B
     "pictures": dict(flip=True),
+    # without a GPU what is above is hours; what is below knows a laptop
+    "cpu": dict(width=32, multipliers=(1, 2, 2), blocks=1, attention=(), batch=32, lr=1e-3,
+                ema=0.999, warmup=100, iters=100_000, minutes=10),
+    "digits": dict(width=32, attention=(), batch=64, lr=2e-3, ema=0.995, iters=3000,
+                   minutes=2.5),
+    "stacked": dict(width=64, attention=(8,), batch=64, lr=1e-3, ema=0.999, iters=20_000,
+                    minutes=0),
+    "swirl": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000, minutes=0),
+    "gaussians": dict(width=128, lr=1e-3, ema=0.999, batch=256, iters=10_000, minutes=0),
 }
 
 # ========================================================================================= Notation
@@ -216,7 +221,7 @@ def train(c):
         n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
         if n:
             run.show(sample(c, ema.net, 0, n, min(20, c.T), sample_labels(c, n)))
-    runs.end(c, run)
+    runs.end(c, run, c.steps or few(c))
 
 
 # ============================================================================= Encode, interpolate
@@ -312,6 +317,7 @@ def main():
             draw.keep(sample(c, net, first, n, steps, label, draw.frames))
         draw.save(steps)
     if c.evaluate:
+        metrics.prepare(c)
         draw = sampling.Draw(c, c.n or 1000)
         for first, n, label in draw:
             draw.keep(sample(c, net, first, n, steps, label))

@@ -8,8 +8,12 @@ Pictures are uint8, memory-mapped, gathered by index. They are read once, croppe
 written to <root>/cached, sorted by split and class: each is then a slice of one memory-mapped
 array, and a set larger than memory works. A source whose size or time has changed is read again.
 
+What was left out, and why, is kept beside the pictures (Dataset.left_out, read); so is a hash of
+each picture's file, by which one set is told from another, whatever its name and place.
+
 It knows no flags, no runs and no networks.
 """
+import collections
 import contextlib
 import dataclasses
 import gzip
@@ -28,8 +32,17 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-VERSION = 1  # of the cache's format and of the drawing: raise it when either changes
+from common.progress import progress
+
+VERSION = 2  # of the cache's format and of the drawing: raise it when either changes
+SMALLEST = 256  # hashes by which a set is known again
 LARGEST = 1 << 28  # bytes of one file in an archive; a larger one is not read
+MOST_PIXELS = 178_956_970  # of one picture, Pillow's limit: decoded, in colour, 540 MB
+DRAFT = 20_000_000  # pixels from which on a JPEG is decoded at an eighth to a half of its side
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+TRAIN = ("train", "training")  # names of a split's folder, in any case
+TEST = ("test", "testing", "val", "valid", "validation")
+CLUTTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind
 # Pillow's others are rare, or programs (EPS)
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO TGA".split()
 
@@ -88,6 +101,10 @@ class Dataset:
     labels: torch.Tensor
     classes: list
     shape: tuple
+    hashes: torch.Tensor | None = None  # int64, of both splits' files and their classes
+    left_out: dict = dataclasses.field(default_factory=dict)  # reason: how many files
+    held_out: int = 0  # pictures of the source's other split
+    capped: bool = False  # the side is `most`, and the pictures' own is another
 
     def __len__(self):
         return len(self.labels)
@@ -105,6 +122,34 @@ class Dataset:
             x = torch.where(flip.to(device).view(-1, 1, 1, 1), x.flip(-1), x)
         return x.to(torch.float32).div_(127.5).sub_(1), label
 
+    def told(self):
+        """What was read, in one line: how many, of which classes, of which shape, what not."""
+        what = "points" if self.images is None else "pictures"
+        line = f"{len(self):,} {what} to train with"
+        if self.held_out:
+            line += f", {self.held_out:,} held out"
+        if self.images is not None:
+            line += ", {} x {} x {}".format(*self.shape)
+        counts = self.labels[self.labels >= 0].bincount(minlength=len(self.classes)).tolist()
+        if self.classes:
+            each = [f"{name} {n:,}" for name, n in zip(self.classes, counts)]
+            more = f", ... {len(each) - 10} more" if len(each) > 10 else ""
+            line += f"; classes {', '.join(each[:10])}{more}"
+            without = int((self.labels < 0).sum())
+            line += f", none {without:,}" if without else ""
+        return line + (f"; left out: {told(self.left_out)}" if self.left_out else "")
+
+    def content(self):
+        """What tells this set from others, whatever it is called and whichever split it is.
+
+        The sum of the hashes of both, how many there are, and the smallest, by which it is found
+        again in a set that has grown. None for the sets that have a name of their own.
+        """
+        if self.name in NAMED or self.hashes is None:
+            return None
+        return dict(sum=int(self.hashes.sum()), pictures=len(self.hashes),
+                    smallest=self.hashes.sort().values[:SMALLEST].tolist())
+
     def levels(self, share=0.999, most=2000):
         """How few of the 256 levels hold that share of the values; looks at 2,000 pictures."""
         index = torch.linspace(0, len(self) - 1, min(len(self), most)).long()
@@ -113,13 +158,23 @@ class Dataset:
         return 1 + int((held < share).sum())
 
 
-def load(name, root="data", size=None, classes=None, split="train", seed=0):
+def title(name):
+    """What a data set is called: the last part of its path, without an archive's ending."""
+    last = Path(name).resolve().name
+    for ending in sorted(ARCHIVES, key=len, reverse=True):
+        if last.lower().endswith(ending):
+            return last[:-len(ending)]
+    return last
+
+
+def load(name, root="data", size=None, classes=None, split="train", seed=0, most=64):
     """The data set of that name, one of NAMED, or of that path.
 
     root: where named sets are kept, fetched to and cached; size: side in pixels, default the data's
-    own (digits 16; mnist 32; a path: the pictures' own if all are equal, otherwise 64); classes:
-    names to keep, default all; split: train or test, where a source without one holds out a tenth
-    by a fixed seed. seed: of drawn data. ValueError or OSError of one line for wrong input.
+    own (digits 16; mnist 32; a path: the pictures' own if all are equal and it is at most `most`,
+    otherwise `most`); classes: names to keep, default all; split: train or test, where a source
+    without one holds out a tenth by a fixed seed. seed: of drawn data. ValueError or OSError of one
+    line for wrong input.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: train or test")
@@ -130,7 +185,8 @@ def load(name, root="data", size=None, classes=None, split="train", seed=0):
             raise ValueError(f"--size and --classes are for pictures, and {name} has points")
         points = _points(name, split, seed)
         return Dataset(name, None, points, torch.full((len(points),), -1), [], (2,))
-    images, labels, splits, names = _source(name, Path(root), size, seed)
+    images, labels, splits, hashes, about = _source(name, Path(root), size, seed, most)
+    names = about["classes"]
     unknown = [c for c in classes or () if c not in names]
     if unknown:
         there = ", ".join(names[:20]) or "no classes at all"
@@ -150,11 +206,47 @@ def load(name, root="data", size=None, classes=None, split="train", seed=0):
         part = images[first:last + 1]
     else:
         part = images[rows]  # a copy, only where classes do not touch
-    return Dataset(name, part, None, labels[rows], kept, tuple(images.shape[1:]))
+    hashes = _of_class(hashes, labels, kept)[of_classes]
+    return Dataset(name, part, None, labels[rows], kept, tuple(images.shape[1:]), hashes,
+                   about["left_out"], len(hashes) - len(rows), about["capped"])
 
 
-def _source(name, root, size, seed):
-    """Cached (images, labels, splits, names) of the pictures of that name or path."""
+def changed(known, dataset):
+    """What became of the data whose content() was `known`, in words; "" where nothing did.
+
+    Nothing either where one of them has none: named sets, and runs of before it was kept.
+    """
+    now = dataset.content()
+    if not isinstance(known, dict) or not now or known == now:
+        return ""
+    more = now["pictures"] - int(known.get("pictures", 0))
+    if more > 0 and {*known.get("smallest", [None])} <= {*dataset.hashes.tolist()}:
+        return f"the same data before {more:,} pictures were added"
+    return "other data"
+
+
+def judgeable(dataset, n):
+    """ValueError where n samples cannot be judged by the data: before any work."""
+    if n < 6:
+        raise ValueError(f"--n {n} samples are too few to judge: 6 is the least, better 1000")
+    if dataset.images is not None and not dataset.held_out:
+        raise ValueError(f"{dataset.name} has {len(dataset)} pictures and holds none out: "
+                         "--evaluate needs at least 2")
+
+
+def _of_class(hashes, labels, names):
+    """The hashes of files (N,), int64, changed by the name of each one's class."""
+    words = [_hash(name.encode()) for name in names] + [0]
+    return hashes ^ torch.tensor(words, dtype=torch.int64)[labels]
+
+
+def _hash(content):
+    """64 bits of the digest of bytes, as a signed number."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _source(name, root, size, seed, most=64):
+    """Cached (images, labels, splits, hashes, about) of the pictures of that name or path."""
     drawn = (size or 16, seed)
     path = Path(name).resolve()
     if name == "digits":
@@ -163,76 +255,118 @@ def _source(name, root, size, seed):
         return _cached(root, name, drawn,
                        lambda _: _stack(*_source("digits", root, *drawn)[:3], seed))
 
-    archives = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
     if name in SOURCES:
         files = _files(name, root)
-        base, title, key = root, name, (size,)
+        base, called, key = root, name, (size,)
     elif not path.exists():
         raise ValueError(f"--data {path}: no such file or folder, nor {', '.join(NAMED)}")
-    elif path.is_file() and not path.name.lower().endswith(archives):
+    elif path.is_file() and not path.name.lower().endswith(ARCHIVES):
         raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
     else:
         files = [path]
         if path.is_dir():  # the pictures alone: the cache itself may lie in it
             files = [path / f for f, *_ in _walk(path) if _parts(f)]
-        base, title, key = path, path.name.split(".")[0], (str(path), size)
+        base, called, key = path, title(path), (str(path), size or f"at most {most}")
     stamp = [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns)
              for f in files if f.exists()]
+
+    if name not in SOURCES and size:  # where that is the side it had by default, it is there
+        for most in (32, 64):
+            kept = _folder(root, called, (str(path), f"at most {most}", stamp))
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads((kept / "about.json").read_text())["side"] == size:
+                    key = str(path), f"at most {most}"
 
     def make(folder):
         if name in SOURCES:
             return _read_official(name, files, size)
-        return _read_path(path, folder, size)
+        return _read_path(path, folder, size, most)
 
     try:
-        return _cached(root, title, (*key, stamp), make)
-    except (OSError, ValueError):
+        return _cached(root, called, (*key, stamp), make)
+    except (OSError, ValueError, MemoryError):
         raise
     except Exception as fault:  # tarfile and zipfile raise many things
         raise ValueError(f"--data {name}: {files[0]} is damaged ({fault}): replace it, or delete "
                          "it if it was fetched") from None
 
 
+def _folder(root, name, key):
+    """Where the set of that key is cached."""
+    digest = hashlib.sha256(repr((VERSION, key)).encode()).hexdigest()
+    return root / "cached" / f"{name}-{digest[:16]}"
+
+
 def _cached(root, name, key, make):
-    """(images, labels, splits, names) of the folder <root>/cached/<name>-<hash of key>.
+    """(images, labels, splits, hashes, about) of <root>/cached/<name>-<hash of key>.
 
     It is first made where it is missing. make(folder) returns images uint8 (N, C, H, W), labels
-    (-1: none), splits (1: test; None: hold out a tenth) and names. All is written to that temporary
-    folder first and then moved to its place: two that make one set at once do not disturb each
-    other.
+    (-1: none), splits (1: test; None: hold out a tenth) and names, and of files a dict beside: at
+    (N,), their places among the images; called (N,), their names, by which they are put in order;
+    hashes (N,); left_out, by reason; capped. about has these two, the classes, and the side. All
+    is written to that temporary folder first and then moved to its place: two that make one set at
+    once do not disturb each other.
     """
     import numpy as np
-    digest = hashlib.sha256(repr((VERSION, key)).encode()).hexdigest()
-    folder = root / "cached" / f"{name}-{digest[:16]}"
-    if not (folder / "classes.json").exists():
+    folder = _folder(root, name, key)
+    if not (folder / "about.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent,
                                          ignore_cleanup_errors=True) as temporary:
             new = Path(temporary, folder.name)
             new.mkdir()
-            images, labels, splits, names = make(Path(temporary))
+            images, labels, splits, names, *of_files = make(Path(temporary))
+            n = len(labels)
+            places, rank = np.arange(n), np.arange(n)
+            about = dict(classes=list(names), side=images.shape[-1], left_out={}, capped=False)
+            if of_files:
+                hashes = of_files[0]["hashes"]
+                about |= {name: of_files[0][name] for name in ("left_out", "capped")}
+                places = np.asarray(of_files[0]["at"])
+                # an archive's own order is none: packed again it is the same data
+                rank[sorted(range(n), key=of_files[0]["called"].__getitem__)] = np.arange(n)
+            else:
+                hashes = [_hash(image.tobytes()) for image in images]
             if splits is None:
-                n = len(labels)
-                held_out = np.random.default_rng(0).permutation(n)[:n // 10 or int(n > 1)]
-                splits = np.isin(range(n), held_out)
-            order = np.lexsort((labels, splits))
+                order = np.argsort(rank)[np.random.default_rng(0).permutation(n)]
+                splits = _tenth(np.asarray(labels), order)
+            order = np.lexsort((rank, labels, splits))
             # written, not mapped: a full disk is then an error, not a crash
             with open(new / "images.npy", "wb") as out:
-                header = dict(descr="|u1", fortran_order=False, shape=images.shape)
+                header = dict(descr="|u1", fortran_order=False, shape=(n, *images.shape[1:]))
                 np.lib.format.write_array_header_1_0(out, header)
-                out.writelines(images[i].tobytes() for i in order)
+                out.writelines(images[places[i]].tobytes() for i in order)
             np.save(new / "labels.npy", np.asarray(labels, np.int64)[order])
             np.save(new / "splits.npy", np.asarray(splits, np.uint8)[order])
-            (new / "classes.json").write_text(json.dumps(names))
+            np.save(new / "hashes.npy", np.asarray(hashes, np.int64)[order])
+            (new / "about.json").write_text(json.dumps(about))
             del images  # Windows removes no file that is mapped
             with contextlib.suppress(OSError):  # another process was first
                 new.rename(folder)
     # it is read-only: a writable map may not be larger than memory
     with warnings.catch_warnings(action="ignore"):
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="r"))
-    labels = torch.from_numpy(np.load(folder / "labels.npy"))
-    splits = torch.from_numpy(np.load(folder / "splits.npy"))
-    return images, labels, splits, json.loads((folder / "classes.json").read_text())
+    labels, splits, hashes = (torch.from_numpy(np.load(folder / f"{what}.npy"))
+                              for what in ("labels", "splits", "hashes"))
+    about = json.loads((folder / "about.json").read_text())
+    return images, labels, splits, hashes, about
+
+
+def _tenth(labels, order):
+    """Which are held out, bool (N,): the first tenth in that order, at least one of several.
+
+    A class's last picture is not, since its label would be drawn untrained; the next one is.
+    """
+    import numpy as np
+    left = collections.Counter(labels.tolist())
+    held_out = np.zeros(len(labels), bool)
+    for i in order:
+        if held_out.sum() == (len(labels) // 10 or int(len(labels) > 1)):
+            break
+        if labels[i] < 0 or left[labels[i]] > 1:
+            held_out[i] = True
+            left[labels[i]] -= 1
+    return held_out
 
 
 # ------------------------------------------------------------------------------------------ drawn
@@ -356,7 +490,6 @@ def _fetch(name, stem, file):
 
     The next address is tried where one fails.
     """
-    from tqdm import tqdm
     addresses, digests, what = SOURCES[name]
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
@@ -366,9 +499,11 @@ def _fetch(name, stem, file):
         try:
             with (urllib.request.urlopen(url, timeout=30) as source,
                   open(temporary, "wb") as out):
-                with tqdm.wrapattr(source, "read", source.length, desc=f"fetching {file.name}",
-                                   leave=False, disable=None) as counted:
-                    out.writelines(iter(lambda: counted.read(1 << 18), b""))
+                with progress(text=f"fetching {file.name}", total=source.length, unit="B",
+                              unit_scale=True) as bar:
+                    while part := source.read(1 << 18):
+                        out.write(part)
+                        bar.update(len(part))
                 if source.length:  # what is yet to come
                     raise ValueError(f"cut at {out.tell()} of {out.tell() + source.length} bytes")
             content = _content(temporary) if what == "unpacked" else temporary.read_bytes()
@@ -438,14 +573,24 @@ def _read_official(name, files, size):
 
 
 # -------------------------------------------------------------------------- folders and archives
-def _walk(path):
+class Unread(Exception):
+    """Why a file is left out, in words that follow a number of files."""
+
+
+def _walk(path, shut=None):
     """(name, size, read function) of every file of a folder or archive.
 
-    Each is to be read at once: nothing is unpacked to disk.
+    Each is to be read at once: nothing is unpacked to disk. Reading raises Unread where the reason
+    is known. shut: a list that receives the folders that cannot be opened.
     """
     if path.is_dir():
         seen = set()  # linked folders are followed, each once: links may make a ring
-        for folder, inner, files in os.walk(path, followlinks=True):
+
+        def failed(fault):
+            if shut is not None:
+                shut.append(fault.filename)
+
+        for folder, inner, files in os.walk(path, followlinks=True, onerror=failed):
             real = os.path.realpath(folder)
             if real in seen:
                 inner.clear()
@@ -459,8 +604,9 @@ def _walk(path):
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if not info.is_dir():
-                    yield info.filename, info.file_size, lambda: archive.read(info)
+                name = info.filename.replace("\\", "/")  # as some programs on Windows write them
+                if not name.endswith("/"):
+                    yield name, info.file_size, lambda: _unzipped(archive, info)
     else:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
@@ -475,44 +621,88 @@ def _walk(path):
                 raise tarfile.ReadError("a header is damaged or missing")
 
 
+def _unzipped(archive, info):
+    """The bytes of a zip's entry; Unread for an encrypted one and for a foreign compression."""
+    if info.flag_bits & 1:
+        raise Unread("encrypted")
+    try:
+        return archive.read(info)
+    except NotImplementedError:
+        raise Unread(f"compressed by method {info.compress_type} of zip, which Python has not") \
+            from None
+
+
 def _parts(name):
     """The folders and the name of a picture file.
 
     Nothing where the ending is no picture's or one of them is hidden.
     """
     from PIL import Image
-    parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
-    if any(p.startswith((".", "__MACOSX")) for p in parts):
-        return []
+    parts = _visible(name)
     ending = PurePosixPath(name).suffix.lower()
     return parts if Image.registered_extensions().get(ending) in FORMATS else []
 
 
+def _visible(name):
+    """The folders and the name of a file that people see; else nothing."""
+    parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
+    hidden = any(p.startswith((".", "__MACOSX")) for p in parts)
+    return [] if not parts or hidden or parts[-1].lower() in CLUTTER else parts
+
+
 def _open(file):
+    """The PIL picture of a file, not yet decoded. Unread for more than MOST_PIXELS."""
     from PIL import Image
     Image.init()
     formats = [f for f in FORMATS if f in Image.OPEN]
-    return Image.open(file, formats=formats)  # whatever its name says
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        try:
+            picture = Image.open(file, formats=formats)  # whatever its name says
+        except Image.DecompressionBombError as fault:
+            pixels = int("".join(filter(str.isdigit, str(fault).partition("(")[2].split()[0])))
+            raise Unread(f"of {pixels / 1e6:.0f} megapixels") from None
+    if picture.width * picture.height > MOST_PIXELS:
+        raise Unread(f"of {picture.width * picture.height / 1e6:.0f} megapixels")
+    return picture
 
 
-def _pictures(path, text):
-    """(parts of the name, opened PIL picture) of every picture file.
+@contextlib.contextmanager
+def _opening():
+    """Around reading a file of a folder: Unread where the system does not allow it."""
+    try:
+        yield
+    except OSError:
+        raise Unread("that cannot be opened") from None
 
-    The picture is None where it cannot be read.
+
+def _pictures(path, text, left_out, shut=None):
+    """(parts of the name, opened PIL picture, hash of the file) of every picture file.
+
+    What is left out is counted in left_out, by its reason; the caller counts what it cannot decode.
     """
-    from PIL import Image
-    from tqdm import tqdm
-    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        files = tqdm(_walk(path), desc=text, unit=" files", leave=False, disable=None)
-        for name, size, read in files:
-            parts = _parts(name)
-            if not parts:
-                continue
-            try:
-                picture = _open(io.BytesIO(read())) if 0 < size < LARGEST else None
-            except Exception:  # damaged files raise anything
-                picture = None
-            yield parts, picture
+    files = progress(_walk(path, shut), text, unit=" files")
+    for name, size, read in files:
+        parts = _parts(name)
+        if not parts:
+            if _visible(name):
+                ending = PurePosixPath(name).suffix.lower()
+                left_out[ending or "without an ending"] += 1
+            continue
+        try:
+            if not 0 < size < LARGEST:
+                raise Unread(f"of more than {LARGEST >> 20} MiB" if size else "empty or a link")
+            with contextlib.nullcontext() if path.is_file() else _opening():
+                content = read()
+            picture = _open(io.BytesIO(content))
+        except Unread as why:
+            left_out[str(why)] += 1
+        except MemoryError:
+            raise
+        except Exception:  # damaged files raise anything
+            left_out["damaged"] += 1
+            left_out.setdefault("first", "/".join(parts))
+        else:
+            yield parts, picture, _hash(content)
 
 
 def _pixels(picture, size, grey):
@@ -522,13 +712,23 @@ def _pixels(picture, size, grey):
     """
     import numpy as np
     from PIL import Image, ImageOps
-    picture = ImageOps.exif_transpose(picture)
+    if picture.width * picture.height > DRAFT:
+        picture.draft(picture.mode, (4 * size, 4 * size))  # of a JPEG: in less memory
+    picture.load()
+    # turned as a camera says; what is no EXIF, which many programs leave, says nothing
+    with contextlib.suppress(Exception):
+        picture = ImageOps.exif_transpose(picture)
+    clear = None
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits or more to 8
         values = np.asarray(picture).astype(np.float64)
+        if isinstance(picture.info.get("transparency"), int):
+            clear = values == picture.info["transparency"]
         scale = 1 / 257
         if picture.mode == "F":
             scale = 255 if values.max() <= 1 else 1
         picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    if clear is not None:
+        picture.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -540,48 +740,99 @@ def _pixels(picture, size, grey):
     return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
 
 
-def _read_path(path, folder, size):
+def _read_path(path, folder, size, most):
     """Read the source twice: the headers, to settle size and channels, and then the pixels.
 
     These go straight into a file in folder.
     """
     import numpy as np
-    heads = {(*p.size, p.mode) for _, p in _pictures(path, f"looking through {path.name}") if p}
+    heads = {(*p.size, p.mode) for _, p, _ in
+             _pictures(path, f"looking through {path.name}", collections.Counter())}
     grey = all(mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") for *_, mode in heads)
     sides = {side for head in heads for side in head[:2]}
-    size = size or (sides.pop() if len(sides) == 1 else 64)
+    own = sides.copy().pop() if len(sides) == 1 else 0
+    capped = not size and not 0 < own <= most
+    size = size or min(most, *sides if len(sides) == 1 else (most,))
     if size < 4:
         raise ValueError(f"--data {path}: pictures of {size} pixels are too small; give --size")
-    rows, unread = [], []
+    rows, hashes, left_out, shut = [], [], collections.Counter(), []
     with open(folder / "raw", "wb") as raw:
-        for parts, picture in _pictures(path, f"reading {path.name}"):
+        for parts, picture, number in _pictures(path, f"reading {path.name}", left_out, shut):
             try:
                 pixels = _pixels(picture, size, grey).tobytes()
-            except Exception:  # decoders of damaged pictures raise anything, and None has no pixels
-                unread.append("/".join(parts))
+            except MemoryError:
+                raise
+            except Exception:  # decoders of damaged pictures raise anything
+                left_out["damaged"] += 1
+                left_out.setdefault("first", "/".join(parts))
             else:
                 raw.write(pixels)
                 rows.append(parts)
+                hashes.append(number)
+    for name in shut:
+        left_out[f"in {os.path.relpath(name, path)}, a folder that cannot be opened"] += 1
     if not rows:
-        raise ValueError(f"--data {path}: no picture in it can be read")
-    if unread:
-        print(f"{len(unread)} unreadable pictures left out, the first is {unread[0]}",
-              file=sys.stderr)
-
-    # a folder around it all is taken off
-    while len({p[0] for p in rows}) == 1 and rows[0][0] not in ("train", "test"):
-        deeper = [p for p in rows if len(p) > 2]
-        if len(deeper) < len(rows) and not any(p[1] in ("train", "test") for p in deeper):
-            break
-        rows = [p[1:] for p in rows]
-    tops = [p[0] if len(p) > 1 and p[0] in ("train", "test") else "" for p in rows]
-    own = [p[-2] if len(p) > 1 + bool(top) else "" for p, top in zip(rows, tops)]
+        why = f" ({told(left_out)})" if left_out else ""
+        raise ValueError(f"--data {path}: no picture in it can be read{why}")
+    rows, own, splits, kept = _classes(rows, left_out)
     names = sorted({*own} - {""})
     number = {c: i for i, c in enumerate(names)}
-    shape = (len(rows), 1 if grey else 3, size, size)
-    images = np.memmap(folder / "raw", np.uint8, "r", shape=shape)
-    splits = [top == "test" for top in tops] if "test" in tops else None
-    return images, [number.get(c, -1) for c in own], splits, names
+    images = np.memmap(folder / "raw", np.uint8, "r",
+                       shape=(len(hashes), 1 if grey else 3, size, size))
+    files = dict(at=kept, called=rows, hashes=[hashes[i] for i in kept], left_out=dict(left_out),
+                 capped=capped)
+    return images, [number.get(c, -1) for c in own], splits, names, files
+
+
+def _classes(rows, left_out):
+    """What folders say: rows, classes ("" for none), splits (None where there is none), and kept.
+
+    rows: the parts of each picture's name; kept: which of them are. Top folders called as TRAIN and
+    TEST, in any case, are splits; but train/ without a test/ among other folders is a class. Beside
+    both splits, other folders are left out, and so are held-out pictures of a class that training
+    does not have.
+    """
+    splits = {*TRAIN, *TEST}
+
+    def is_split(row):
+        return len(row) > 1 and row[0].lower() in splits
+
+    # a folder around it all is taken off
+    while len({p[0] for p in rows}) == 1 and rows[0][0].lower() not in splits:
+        deeper = [p for p in rows if len(p) > 2]
+        if len(deeper) < len(rows) and not any(p[1].lower() in splits for p in deeper):
+            break
+        rows = [p[1:] for p in rows]
+    tops = {p[0].lower() for p in rows if len(p) > 1}
+    both = tops & {*TRAIN} and tops & {*TEST}
+    split = tops & {*TEST} or tops <= splits
+    kept, own, held = [], [], []
+    for i, row in enumerate(rows):
+        top = row[0].lower() if split and is_split(row) else ""
+        if both and not top and len(row) > 1:
+            left_out[f"in {row[0]}, beside train and test"] += 1
+            continue
+        kept.append(i)
+        own.append(row[-2] if len(row) > 1 + bool(top) else "")
+        held.append(top in TEST)
+    if any(held) and not all(held):
+        trained = {c for c, test in zip(own, held) if not test} | {""}
+        strange = [test and c not in trained for c, test in zip(own, held)]
+        for c, odd in zip(own, strange):
+            if odd:
+                left_out[f"of {c} in test, which train has not"] += 1
+        kept, own, held = ([value for value, odd in zip(values, strange) if not odd]
+                           for values in (kept, own, held))
+    return [rows[i] for i in kept], own, held if any(held) else None, kept
+
+
+def told(left_out):
+    """What was left out, by reason, as text: the ten most frequent."""
+    reasons = sorted((why for why in left_out if why != "first"), key=left_out.get, reverse=True)
+    what = ", ".join(f"{left_out[why]} {why}" for why in reasons[:10])
+    rest = sum(left_out[why] for why in reasons[10:])
+    what += f", {rest} others" if rest else ""
+    return what + (f", the first is {left_out['first']}" if "first" in left_out else "")
 
 
 def read_pictures(paths, shape):
@@ -594,6 +845,9 @@ def read_pictures(paths, shape):
                 pictures.append(torch.from_numpy(pixels.copy()))
         except FileNotFoundError:
             raise ValueError(f"{path} is not there: give picture files") from None
+        except Unread as why:
+            raise ValueError(f"{path} is a picture {why}: give one of at most "
+                             f"{MOST_PIXELS // 1_000_000}") from None
         except Exception:  # as above
             raise ValueError(f"{path} is not a picture that can be read") from None
     return torch.stack(pictures).float().div(127.5).sub(1)

@@ -24,6 +24,20 @@ def stop(message):
     raise SystemExit(2)
 
 
+def excepthook(kind, error, trace):
+    """Python's, but of memory that was not there it says in one line what to do: exit status 2."""
+    words = str(error)
+    short = issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or \
+        issubclass(kind, RuntimeError) and any(said in words for said in (
+            "allocate memory", "not enough memory", "out of memory"))
+    if not short:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{program}: error: there is not enough memory: give a smaller --size or --batch, or "
+          "fewer --n", file=sys.stderr)  # whichever rank it is
+    sys.stdout.flush()
+    os._exit(2)
+
+
 @contextlib.contextmanager
 def inputs():
     """Around what reads the user's files, pictures, checkpoints: a ValueError or OSError stops."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from common import files
-from common.data import NAMED, POINTS
+from common.data import NAMED, POINTS, title
 from common.files import stop
 from common.processes import rank
 
@@ -217,26 +217,32 @@ def _lay(method, groups, recipes, given):
     Every row that applies is laid over those above it, in the table's order:
         ""              always
         "digits", ...   the data's own, or a folder's by its name; "pictures": any other path
+        "cpu"           a circumstance: where there is no GPU, or --device cpu
         "T=1", ...      a circumstance: where that flag has that value by what else is laid
         "init"          a circumstance: where that flag is given at all
     A value may be a function of all the others. Given --iters or --minutes replace both of the
     data's. Also set: method, name (of the data), fields (the declared ones), given (their names),
     defaults (of the options and row ""), sheet (samples to draw; 0: as many as fit the data), text
-    (the script's own).
+    (the script's own), instead (what the row "cpu" changed: the values without it).
+
+    What "cpu" sets is taken from the run's own checkpoint where there is one (iters and minutes,
+    where they are the full recipe's): so a run keeps its network and its pictures' size when it
+    goes on elsewhere.
     """
     fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
     data = given.get("data", fields["data"].default)
-    title = Path(data).resolve().name.split(".")[0]
+    called = title(data)
     c = argparse.Namespace(method=method, fields=fields, given=fields.keys() & given)
-    c.name = f"pictures-{title}" if title in NAMED and data not in NAMED else title
+    c.name = f"pictures-{called}" if called in NAMED and data not in NAMED else called
     c.run = Path(given.get("run") or f"runs/{method}-{c.name}")
     c.text = _text_of(groups[0])
 
-    of_folders = {row for row in recipes if row and "=" not in row} - {*NAMED, *fields}
-    own = title.lower().replace("_", "-")
+    of_folders = {row for row in recipes if row and "=" not in row} - {*NAMED, *fields, "cpu"}
+    own = called.lower().replace("_", "-")
     row_of_data = data if data in NAMED else own if own in of_folders else "pictures"
     replaced = {"iters", "minutes"} if given.keys() & {"iters", "minutes"} else set()
-    of_file = _of_file(c, given)
+    of_run, ends = _of_run(c, given, recipes)
+    of_file = of_run | _of_file(c, given)
     defaults = {name: f.default for name, f in fields.items()} | recipes.get("", {})
 
     def laid(circumstances=()):
@@ -246,19 +252,74 @@ def _lay(method, groups, recipes, given):
                 worth |= {name: value for name, value in changes.items() if name not in replaced}
         return worth | of_file | given
 
-    worth = laid()
-    circumstances = []
+    on_cpu = ["cpu"] if _without_gpu(given) else []
+    worth = laid(on_cpu)
+    circumstances = [*on_cpu]
     for row in recipes:
         name, equals, value = row.partition("=")
         if equals and text(worth[name]) == value or row in fields and worth[row]:
             circumstances.append(row)
     worth = dict.fromkeys(ACTIONS, False) | laid(circumstances)
     vars(c).update({name: value for name, value in worth.items() if name != "run"})
-    c.defaults = defaults
+    c.defaults, c.chosen = defaults, worth["classes"]
+    full = laid([row for row in circumstances if row != "cpu"])
+    if ends and ends == [full["iters"], full["minutes"]] and not replaced:
+        c.iters, c.minutes = ends  # it began where there was a GPU, and had all that time
+    c.instead = {name: value for name, value in full.items() if value != worth[name]}
     c.sheet = c.n
     for name in fields:
         setattr(c, name, _worth(c, name, getattr(c, name)))
     return c
+
+
+def _without_gpu(given):
+    """Whether what was given, or the machine, leaves the processor alone."""
+    device = given.get("device", "auto")
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return device == "cpu" or device == "auto" and not there
+
+
+def _of_run(c, given, recipes):
+    """What row "cpu" sets, as the run's checkpoint has it, with the pictures' size; its ends."""
+    path = c.run / "checkpoint.pt"
+    if given.get("fresh") or given.get("checkpoint") or not path.exists():
+        return {}, None
+    try:
+        saved = files.load_checkpoint(path, (c.method,))
+        values = {}
+        for name in recipes.get("cpu", {}).keys() - {"iters", "minutes"}:
+            if name in saved["config"]:
+                values[name] = checked(c.fields[name], saved["config"][name], path)
+    except (ValueError, OSError):
+        return {}, None  # it will be told by who reads it whole
+    if len(saved["data"]["shape"]) == 3 and given.get("data", "") not in ("", *NAMED):
+        values["size"] = saved["data"]["shape"][-1]
+    return values, [saved["config"].get(name) for name in ("iters", "minutes")]
+
+
+def full_recipe(c, capped=False):
+    """Where there is no GPU: what was taken for that, and the flags that have all; "" otherwise.
+
+    capped: whether pictures were made smaller because nothing said how large they should be.
+    """
+    fewer = {name: value for name, value in c.instead.items() if getattr(c, name) != value
+             and not (c.name in POINTS and c.fields[name].metadata["of_pictures"])}
+    taken = [f"{name.replace('_', ' ')} {text(getattr(c, name))}" for name in fewer]
+    whole = []
+    for name, value in fewer.items():
+        if isinstance(value, bool):
+            whole.append(_flag(name) if value else _flag("no_" + name))
+        else:
+            whole.append(f"{_flag(name)} {text(value) if value != () else repr('')}")
+    if capped and most(c) < 64 and "size" not in c.given:
+        taken.append(f"{most(c)} x {most(c)} pixels at most")
+        whole.append("--size 64")
+    return f"without a GPU: {', '.join(taken)}; the full recipe: {' '.join(whole)}" if taken else ""
+
+
+def most(c):
+    """The side that pictures of a folder get at most, where --size says nothing."""
+    return 32 if c.device.type == "cpu" else 64
 
 
 def _text_of(group):
@@ -412,6 +473,7 @@ def parse(method, groups, recipes, doc):
     whatever is wrong with a flag; without an action prints the help and ends.
     """
     files.program = f"{method}.py"
+    sys.excepthook = files.excepthook
     fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
     parser = _parser(method, fields, recipes, doc)
     flagged = vars(parser.parse_args())

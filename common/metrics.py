@@ -15,24 +15,31 @@ are float64.
 
 It knows no method, only samples.
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import data
+from common import data, flags
 from common.files import inputs, written
 from common.pictures import to_uint8
+from common.progress import progress
 
 REFERENCE = 20_000  # training pictures or points that samples are compared with, at most
 NEIGHBOURS = 10_000  # samples that precision, recall, density and coverage look at, at most
-UPDATES = {1: 600, 3: 3000}  # of the classifier, by the pictures' channels
+UPDATES = {1: 600, 3: 1500}  # of the classifier at most, by the pictures' channels
+# In colour it ends before: each CHECK updates held-out pictures are looked at, and where PATIENCE
+# looks in turn were no better than one before, its rate falls to zero over COOL more.
+CHECK, PATIENCE, COOL = 100, 3, 200
+KEEP_EVERY = 20.0  # seconds between two states of it that are kept
 # part of the cache's key: to be changed with whatever changes the classifier
 RECIPE = "classifier 1"
 
@@ -260,9 +267,7 @@ def choice(n, most):
 
 
 def _bar(total, text):
-    from tqdm import tqdm
-    return tqdm(total=total, desc=text, unit=" images", leave=False,
-                mininterval=0.2 if sys.stderr.isatty() else 10)
+    return progress(text=text, total=total, unit=" images")
 
 
 def _digest(dataset):
@@ -278,23 +283,40 @@ def _digest(dataset):
     return key.hexdigest()[:16]
 
 
-def _cached(path, key, make):
-    """The dict kept in `path`, if it was kept under the same key; else make(), and keep it."""
+def _kept(path, key):
+    """The dict kept in `path` under that key, or None."""
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        if kept["key"] == key:
-            return kept
+        return kept if kept["key"] == key else None
     except FileNotFoundError:
-        pass
+        return None
     except Exception as error:
         # cut, foreign or malicious: nothing in it ran, and it can be made again
         print(f"{path} is damaged ({type(error).__name__}): making it again", file=sys.stderr)
-    kept = {"key": key, **make()}
+        return None
+
+
+_unkept = set()  # files that could not be written, each told once
+
+
+def _keep(path, kept):
+    """Write the dict to `path`; where that fails, say so, once."""
     try:
         with written(path) as temporary:
             torch.save(kept, temporary)
     except (OSError, RuntimeError) as error:  # a read-only data root costs time, not the result
-        print(f"{path} cannot be kept, and will be made again next time: {error}", file=sys.stderr)
+        if path not in _unkept:
+            print(f"{path} cannot be kept, and will be made again next time: {error}",
+                  file=sys.stderr)
+        _unkept.add(path)
+
+
+def _cached(path, key, make):
+    """The dict kept in `path`, if it was kept under the same key; else make(), and keep it."""
+    kept = _kept(path, key)
+    if kept is None:
+        kept = {"key": key, **make()}
+        _keep(path, kept)
     return kept
 
 
@@ -309,11 +331,18 @@ def _network(dataset):
         return Classifier(dataset.shape[0], dataset.shape[1], classes)
 
 
-def _train(train, test, device):
+def _risen(looks):
+    """Whether held-out accuracy, at each look so far, may still rise."""
+    best = looks.index(max(looks)) if looks else 0
+    return not looks or looks[best] < 1 and len(looks) - 1 - best < PATIENCE
+
+
+def _train(train, test, device, partial):
     """A classifier trained on `train` and measured on `test` -> {"state", "accuracy"}.
 
     With fewer than two classes its task is which of four rotations a picture is shown in. Its seed
-    is fixed.
+    is fixed. From time to time its state is kept in the file `partial`, from which it goes on when
+    it was interrupted.
     """
     began = time.perf_counter()
     channels, height, width = train.shape
@@ -329,11 +358,43 @@ def _train(train, test, device):
         x = _unit(images[index], device)
         return (x, labels[index].to(device)) if labelled else _turned(x)
 
+    def right(most):
+        """The share of at most so many held-out pictures that it gets right; None: no labels."""
+        index = choice(len(test), most)
+        if labelled:
+            index = index[test.labels[index] >= 0]
+        if not len(index):
+            return None
+        found = []
+        with torch.no_grad():
+            for part in index.split(250):
+                x, y = batch(test.images, test.labels, part)
+                found.append((net(x)[1].argmax(1) == y).cpu())
+        return float(torch.cat(found).double().mean())
+
+    def rate(step, last):
+        """Of an update, of which `last` is to be the last one, if that is known."""
+        if channels == 1:  # a warm-up over a tenth, then down to zero
+            done = step / updates
+            return min(10 * done + 10 / updates, (1 - done) / 0.9)
+        return min(1, (step + 1) / 100) * (1 if last == updates else (last - step) / COOL)
+
+    step, last, looks = 0, updates, []
+    kept = _kept(partial, f"{RECIPE}, {updates}")
+    if kept:
+        net.load_state_dict(kept["net"])
+        optimizer.load_state_dict(kept["optimizer"])
+        generator.set_state(kept["generator"])
+        step, last, looks = kept["step"], kept["last"], kept["looks"]
+    first, kept_at = step, began
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with exact, _bar(64 * updates, "classifier") as bar:
-        for step in range(updates):
-            done = step / updates  # warm-up over a tenth, then down to zero
-            optimizer.param_groups[0]["lr"] = 3e-3 * min(10 * done + 10 / updates, (1 - done) / 0.9)
+        while step < last:
+            if channels == 3 and last == updates and step and step % CHECK == 0:
+                looks.append(right(1000) or 0.0)
+                if not _risen(looks) or step + COOL >= updates:
+                    last = min(step + COOL, updates - 1)
+            optimizer.param_groups[0]["lr"] = 3e-3 * rate(step, last)
             chosen = torch.randint(len(usable), (64 if labelled else 16,), generator=generator)
             x, y = batch(train.images, train.labels, usable[chosen])
             top, left = torch.randint(2 * pad + 1, (2,), generator=generator).tolist()
@@ -344,24 +405,32 @@ def _train(train, test, device):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            step += 1
             bar.update(len(x))
-            if step % 50 == 0:
+            now = time.perf_counter()
+            if step == first + 10:
+                warm = now
+            if step == first + 40:
+                minutes = (now - warm) / 30 * (updates - first) / 60
+                print(f"the classifier that judges {train.name} is trained once, for at most "
+                      f"{updates} updates, {minutes:.1f} minutes at this pace", file=sys.stderr)
+            if step % 50 == 1:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    right = []
-    index = choice(len(test), 10_000)
-    if labelled:
-        index = index[test.labels[index] >= 0]
-    with torch.no_grad():
-        for part in index.split(250):
-            x, y = batch(test.images, test.labels, part)
-            right.append((net(x)[1].argmax(1) == y).cpu())
-    accuracy = float(torch.cat(right).double().mean())
+            if now - kept_at > KEEP_EVERY:
+                kept_at = now
+                _keep(partial, dict(key=f"{RECIPE}, {updates}", net=net.state_dict(), last=last,
+                                    optimizer=optimizer.state_dict(), step=step, looks=looks,
+                                    generator=generator.get_state()))
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
+    accuracy = right(10_000)
     features, _ = look(net, train.images, choice(len(train), 2000), device)
     variance = float(features.var(0).sum())
     net.scale.fill_(10 / max(variance, 1e-12) ** 0.5)
     what = "pictures" if labelled else "rotations"
     seconds = time.perf_counter() - began
-    print(f"classifier: {accuracy:.2%} of held-out {what} right after {updates} updates, "
+    share = "no" if accuracy is None else f"{accuracy:.2%} of"
+    print(f"classifier: {share} held-out {what} right after {step} updates, "
           f"{seconds:.0f} s", file=sys.stderr)
     return {"state": {k: v.cpu() for k, v in net.state_dict().items()}, "accuracy": accuracy}
 
@@ -375,11 +444,11 @@ def classifier(name, root="data", size=None, seed=0, device="cpu"):
     another one.
     """
     train = data.load(name, root, size, None, "train", seed)
-    title = os.path.basename(os.path.normpath(name)).split(".")[0]
-    key = f"{title}-{train.shape[-1]}-{_digest(train)}"
+    key = f"{data.title(name)}-{train.shape[-1]}-{_digest(train)}"
 
     def make():
-        return _train(train, data.load(name, root, size, None, "test", seed), device)
+        test = data.load(name, root, size, None, "test", seed)
+        return _train(train, test, device, Path(root, f".classifier-{key}-begun.pt"))
 
     kept = _cached(os.path.join(root, f"classifier-{key}.pt"),
                    f"{RECIPE}, {UPDATES[train.shape[0]]}, {key}", make)
@@ -511,6 +580,41 @@ def _class_shares(logits, train, names):
     return {"class_kl": kl(counts, true), "class_least": float(least), "class_most": float(most)}
 
 
+def computable(n, trained, held_out):
+    """Which of distance, floor, neighbours so many samples and pictures allow, and why not all."""
+    able, lacks = [], []
+    for what, enough, why in (
+            ("distance", trained >= 2, f"no distance: {trained} picture to compare with"),
+            ("floor", trained >= 2 and held_out >= 2, f"no floor: {held_out} picture is held out"),
+            ("neighbours", trained >= 6, "no precision, recall, density, coverage: "
+                                         f"{trained} pictures to compare with, 6 is the least")):
+        (able if enough else lacks).append(what if enough else why)
+    return able, lacks
+
+
+def prepare(c):
+    """Before a script draws what --evaluate judges: settle what can be judged, and say the rest.
+
+    Stops for too few samples, for other data than the model's, for data that cannot be judged. The
+    classifier is trained now, if it has not been.
+    """
+    n = c.n or 1000
+    with inputs():
+        size, most = c.size or None, flags.most(c)
+        train = data.load(c.data, c.data_root, size, c.chosen or None, most=most)
+        what = data.changed(c.content, train)
+        if what:
+            raise ValueError(f"{c.checkpoint} was trained with {what} (now in {c.data}): give that "
+                             "--data")
+        data.judgeable(train, n)
+        if train.images is None:
+            return
+        for lack in computable(n, len(train), train.held_out)[1]:
+            print(lack, file=sys.stderr)
+        source = "digits" if c.data == "stacked" else c.data
+        classifier(source, c.data_root, train.shape[-1], device=c.device)
+
+
 def evaluate(samples, name, root="data", size=None, classes=None, seed=0, inception=None,
              device="cpu"):
     """Judge samples, uint8 (N, C, H, W) or float32 points (N, 2) on the CPU.
@@ -542,6 +646,7 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
             raise ValueError(f"--inception is for pictures, and {name} has points: leave it out")
         call = load_inception(inception, device)
         call(samples[:1])  # a wrong file is told before a minute of work
+    able, _ = computable(n, len(train), len(test))
     draws = max(1, min(5, len(test) // n))  # of held-out pictures: one alone is a noisy floor
     reference = choice(len(train), REFERENCE)
     held_out = choice(len(test), draws * n)
@@ -558,7 +663,8 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         # `stacked`: the digits' classifier sees each channel, so that 1,000 modes are three digits
         source = "digits" if stacked else name
         net, accuracy, names = classifier(source, root, train.shape[-1], seed, device)
-        result["accuracy"] = accuracy
+        if accuracy is not None:
+            result["accuracy"] = accuracy
         fake, logits = look(net, samples, torch.arange(n), device)
         reference, _ = look(net, train.images, reference, device)
         held_out, _ = look(net, test.images, held_out, device)
@@ -568,11 +674,14 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         def measure(x):
             return frechet(*moments([x]), *gaussian)
 
-    result[distance] = measure(fake)
-    result[distance + "_floor"] = sum(measure(x) for x in held_out.chunk(draws)) / draws
-    result["floor_n"] = float(len(held_out) // draws)
+    if "distance" in able:
+        result[distance] = measure(fake)
+    if "floor" in able:
+        result[distance + "_floor"] = sum(measure(x) for x in held_out.chunk(draws)) / draws
+        result["floor_n"] = float(len(held_out) // draws)
     real = held_out[:n] if len(held_out) >= n else reference[:n]
-    result |= neighbours(real[:NEIGHBOURS], fake[:NEIGHBOURS])
+    if "neighbours" in able:
+        result |= neighbours(real[:NEIGHBOURS], fake[:NEIGHBOURS])
     if name == "gaussians":
         result |= grid_modes(fake, data.GAUSSIANS_MEANS, data.GAUSSIANS_SIGMA)
     elif name == "swirl":
@@ -598,11 +707,14 @@ def report(result):
 
     Distances stand beside their floors, and what has no label here under its key.
     """
+    floor = ""
+    for distance in ("fcd", "wasserstein"):
+        if f"{distance}_floor" in result:
+            floor = f"  (floor {{{distance}_floor:.4g}}, from {{floor_n:.0f}} held-out)"
     rows = {
         "accuracy": ("classifier", "{accuracy:.2%} right on held-out data"),
-        "fcd": ("FCD", "{fcd:.4g}  (floor {fcd_floor:.4g}, from {floor_n:.0f} held-out)"),
-        "wasserstein": ("sliced Wasserstein", "{wasserstein:.4g}  (floor {wasserstein_floor:.4g}, "
-                                              "from {floor_n:.0f} held-out)"),
+        "fcd": ("FCD", "{fcd:.4g}" + floor),
+        "wasserstein": ("sliced Wasserstein", "{wasserstein:.4g}" + floor),
         "class_kl": ("classes, KL to the data", "{class_kl:.4f}"),
         "class_least": ("class shares", "{class_least:.2f} to {class_most:.2f} times the data's"),
         "modes": ("modes found", "{modes:.0f} of {modes_of:.0f}"),
@@ -660,7 +772,7 @@ def judge(c, draw, evaluations):
              "peak memory MiB": peak_memory(c.device)}
     with inputs():
         result = evaluate(x if x.ndim == 2 else to_uint8(x), c.data, c.data_root, c.size or None,
-                          c.classes or None, inception=c.inception or None, device=c.device)
+                          c.chosen or None, inception=c.inception or None, device=c.device)
     return result | speed
 
 

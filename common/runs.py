@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 
 from common import draws, flags, pictures, processes
-from common.data import load
+from common.data import NAMED, changed, judgeable, load
 from common.files import inputs, load_checkpoint, stop, written
 from common.processes import rank, world
+from common.progress import progress
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -109,7 +110,9 @@ def trained(c, methods=None, also=()):
     c.checkpoint = c.checkpoint or str(c.run / "checkpoint.pt")
     with inputs():
         saved = load_checkpoint(c.checkpoint, methods or (c.method,))
-        given = dict(data=c.name, size=c.size, classes=sorted(c.classes))
+        given = dict(size=c.size, classes=sorted(c.classes))
+        if c.data in NAMED or "content" not in saved["data"]:
+            given["data"] = c.name  # else metrics.prepare looks at the pictures themselves
         compare(c, c.checkpoint, saved, {k: v for k, v in given.items() if k in c.given})
         for name in flags.trained_fields(c):
             if name != "seed":  # samples have their own
@@ -118,6 +121,8 @@ def trained(c, methods=None, also=()):
             if name in saved["config"]:
                 setattr(c, name, _setting(c, saved, name))
     c.data = c.data if "data" in c.given else saved["source"]
+    c.chosen = tuple(saved["data"].get("chosen", c.classes))  # by --classes
+    c.content = saved["data"].get("content")
     c.name, c.classes = saved["data"]["data"], tuple(saved["data"]["classes"])
     c.shape, c.labels = tuple(saved["data"]["shape"]), len(c.classes) if c.conditional else 0
     c.size = c.shape[-1] if len(c.shape) == 3 else 0
@@ -237,7 +242,8 @@ def load_data(c, split="train"):
     if rank() > 0:  # rank 0 fetches and caches first
         processes.barrier()
     with inputs():
-        data = load(c.data, c.data_root, c.size or None, c.classes or None, split)
+        data = load(c.data, c.data_root, c.size or None, c.chosen or None, split,
+                    most=flags.most(c))
     if rank() == 0:
         processes.barrier()
     return data
@@ -249,6 +255,13 @@ def begin(c):
         stop(f"--batch {c.batch} cannot be split evenly among {world()} processes")
     processes.join(c.device)
     data = load_data(c)
+    if rank() == 0:
+        print(f"{c.data}: {data.told()}", file=sys.stderr)
+        if flags.full_recipe(c, data.capped):
+            print(flags.full_recipe(c, data.capped), file=sys.stderr)
+    if c.evaluate:
+        with inputs():
+            judgeable(data, c.n or 1000)
     if c.conditional and "conditional" in c.given and len(data.classes) < 2:
         stop(f"--conditional needs data with at least two classes; {c.data} has "
              f"{len(data.classes)}")
@@ -261,10 +274,11 @@ def begin(c):
     return data
 
 
-def end(c, run):
+def end(c, run, evaluations):
     """After training: loss.png, a word if nothing was left to train. Other ranks than 0 end here.
 
-    Where the run would be left without a sheet, c.sample asks for one.
+    Where the run would be left without a sheet, c.sample asks for one, whose samples need so many
+    evaluations of the network each: as many as fit into a fifth of the training's time.
     """
     processes.leave()
     if rank() != 0:
@@ -276,7 +290,7 @@ def end(c, run):
         print(f"{c.run} is already trained: give more --iters or --minutes, or --fresh to start "
               "over")
     if not c.sample:
-        c.sheet = 0  # --n is for --evaluate
+        c.sheet = run.closing(evaluations)  # --n is for --evaluate
     sheet = c.run / "samples.png"
     # the closing one may be missing, or one of those drawn before the end
     owed = not sheet.exists() or sheet.stat().st_mtime < run.path.stat().st_mtime
@@ -287,6 +301,8 @@ def end(c, run):
 LOG_EVERY = 10  # updates averaged in a row of metrics.csv
 SAVE_EVERY = 60.0  # seconds
 FIRST_SHEET, SHARE = 20.0, 0.03  # seconds; of them, what sheets may take
+CLOSING = 0.2  # of the seconds, what the closing sheet may take
+FEW = 200  # updates, with fewer of which nothing is learned
 
 
 def next_sheet(seconds):
@@ -312,7 +328,10 @@ class Run:
         self.path, self.table = c.run / "checkpoint.pt", c.run / "metrics.csv"
         self.config = {name: getattr(c, name) for name in flags.trained_fields(c)}
         self.about = dict(data=c.name, shape=list(data.shape), classes=list(data.classes),
-                          pictures=len(data))
+                          pictures=len(data), chosen=list(c.chosen))
+        content = data.content()
+        if content:
+            self.about["content"] = content
         self.step, self.seconds, self.limit = 0, 0.0, 60 * c.minutes or math.inf
         self.start, self.began_at = None, 0.0  # the clock at second 0; seconds when this began
         self.due, self.cost, self.paid, self.drawing = 0.0, None, 0.0, None  # of sheets: see shows
@@ -322,8 +341,14 @@ class Run:
             if self.path.exists() and not c.fresh:
                 saved = load_checkpoint(self.path, (c.method,))
                 now = self.config | self.about | dict(classes=sorted(data.classes))
+                free = {"iters", "minutes", "content", "chosen"}
+                if content and "content" in saved["data"]:
+                    free.add("data")  # whatever it is called
+                if now["shape"] == saved["data"]["shape"] and now["classes"] == sorted(
+                        saved["data"]["classes"]):
+                    self._same_data(saved)
                 compare(c, self.path, saved, {name: value for name, value in now.items()
-                                              if name not in ("iters", "minutes")})
+                                              if name not in free})
                 load_states(saved, self.path, **states)
                 self.step, self.seconds = saved["step"], saved["seconds"]
                 self._changed(saved.get("script"))
@@ -337,6 +362,14 @@ class Run:
                                  "folder that all of them share")
             if rank() == 0:
                 self._begin()
+
+    def _same_data(self, saved):
+        """ValueError where the run was trained with other pictures."""
+        what = changed(saved["data"].get("content"), self.data)
+        if what:
+            raise ValueError(f"{self.path} was trained with {what} (now in {self.c.data}): give "
+                             "that --data, another --run, or --fresh to start over; --init "
+                             f"{self.path} in another --run goes on from its weights")
 
     def _changed(self, script):
         """Say that the script is another one than trained the run; an error if that was all."""
@@ -354,7 +387,7 @@ class Run:
         That is what a killed run logged: it will be computed again.
         """
         import numpy
-        inner = ("given", "sheet", "fields", "defaults", "shape", "text")
+        inner = ("given", "sheet", "fields", "defaults", "instead", "shape", "text")
         settings = {name: value for name, value in vars(self.c).items() if name not in inner}
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=numpy.__version__)
@@ -409,11 +442,11 @@ class Run:
         self.start = time.monotonic() - self.seconds
         self.due = next_sheet(self.seconds)
         self.began_at = before
-        done = interrupted = False
+        done = interrupted = paced = False
         terminal = sys.stderr.isatty()
-        bar = tqdm(desc=str(self.c.run), total=self.c.iters, initial=self.step,
-                   disable=rank() != 0, mininterval=0.2 if terminal else 10, dynamic_ncols=True,
-                   bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
+        bar = progress(text=str(self.c.run), leave=True, total=self.c.iters, initial=self.step,
+                       disable=rank() != 0,
+                       bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
         lines = [bar]  # on a terminal two, where one is too short for all the numbers
         try:
             while not (done or interrupted):
@@ -434,6 +467,8 @@ class Run:
                         numbers = ""
                     bar.set_postfix_str(f"{where}, {numbers}".removesuffix(", "), refresh=False)
                 bar.update()
+                if not paced:
+                    paced = self._pace(first, before)
                 # several processes stop at the same update
                 if logs or self.step >= self.c.iters or world() == 1:
                     done, interrupted = self._agree(self._finished(), self.interrupted)
@@ -456,6 +491,32 @@ class Run:
                 print(f"interrupted at update {self.step}; the same command goes on from there",
                       file=sys.stderr)
             raise SystemExit(130)
+
+    def _pace(self, first, before):
+        """Once the first updates tell the pace: say it where too few will fit. Whether it is told.
+
+        The very first one is slower, and counts only where three of them take long.
+        """
+        done = self.step - first
+        if done == 1:
+            self.warm = self.seconds
+        if done < 3 or done < 10 and self.seconds - before < 5:
+            return False
+        each = max(1e-9, (self.seconds - self.warm) / (done - 1))
+        fit = self.step + int((self.limit - self.seconds) / each) if math.isfinite(self.limit) \
+            else self.c.iters
+        if fit >= min(FEW, self.c.iters):
+            return True
+        enough = min(FEW, self.c.iters) - self.step
+        minutes = math.ceil((self.seconds + each * enough) / 60)
+        faster = [f"--{name} {getattr(self.c, name) // 2}" for name in ("width", "batch")
+                  if getattr(self.c, name, 0) > 16]
+        side = self.c.shape[-1] if len(self.c.shape) == 3 else 0
+        faster += [f"--size {side // 2}"] if side >= 32 else []
+        self.warn(f"at {each:.1f} s each only {fit} updates fit into {self.c.minutes:g} minutes, "
+                  f"and fewer than {FEW} learn little: give --minutes {minutes}"
+                  + (f", or with --fresh {' or '.join(faster)}" if faster else ""))
+        return True
 
     def _interrupt(self, number, frame):
         # a second Ctrl-C does not wait for the update to end
@@ -558,6 +619,19 @@ class Run:
                 self.drawing = seconds, n * evaluations
                 return n
         return 0
+
+    def closing(self, evaluations):
+        """How many samples the closing sheet has: CLOSING of the seconds must pay for them."""
+        cost = self.cost
+        if cost is None:  # as in shows
+            cost = self.seconds / max(1, self.step) / (3 * self.c.batch)
+        sizes = (64, 36, 16, 9, 4) if len(self.c.shape) == 3 else (1000, 250, 50)
+        fitting = [n for n in sizes if n * evaluations * cost <= CLOSING * self.seconds]
+        n = fitting[0] if fitting else sizes[-1]
+        if n < sizes[0] and self.step > self.began:
+            print(f"closing sheet: {n} samples instead of {sizes[0]}, to take at most a fifth of "
+                  "the training's time", file=sys.stderr)
+        return n
 
     def show(self, x):
         """Keep a sheet of samples x (n, ...), as samples.png and sheets/<update>.png.

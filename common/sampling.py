@@ -10,14 +10,7 @@ import torch
 
 from common import files, flags, pictures
 from common.draws import sample_labels
-from common.processes import rank
-
-
-def progress(steps, what):
-    """tqdm over a sequence, gone when it ends."""
-    from tqdm import tqdm
-    quiet = rank() != 0 or not sys.stderr.isatty()
-    return tqdm(steps, desc=what, leave=False, disable=quiet)
+from common.progress import progress
 
 
 def guided(c, net, x, time, given, without):

@@ -543,7 +543,7 @@ def test_folders_and_archives(tmp_path, root, wrap, end):
     assert train.classes == test.classes == ["cat", "dog", "eel"] and train.shape == (1, 4, 4)
     assert sorted(zip(values(train), train.labels.tolist())) == [(10 * k + n, k) for k in range(3) for n in range(3)]
     assert sorted(zip(values(test), test.labels.tolist())) == [(100 + 10 * k + n, k) for k in range(3) for n in range(3)]
-    assert train.labels.dtype == torch.int64 and len(everything(root / "cached")) == 5  # one folder and its four files
+    assert train.labels.dtype == torch.int64 and len(everything(root / "cached")) == 6  # one folder and its five files
 
 
 def test_chosen_classes_are_renumbered(tmp_path, root):
@@ -559,7 +559,7 @@ def test_chosen_classes_are_renumbered(tmp_path, root):
     fails(source, root, classes=["cat", "cow"], match="cow.*cat, dog, eel")
     fails(folder(tmp_path / "flat", {"a.png": encoded(1)}), root, classes=["cat"], match="cat.*no classes")
     only = folder(tmp_path / "only", {"train/cat/a.png": encoded(1), "test/dog/a.png": encoded(2)})
-    fails(only, root, classes=["dog"], match="no pictures to train with of dog")
+    fails(only, root, classes=["dog"], match="dog.*no such class, but cat")
 
 
 def test_a_tenth_is_held_out_where_there_is_no_test_split(tmp_path):
@@ -583,9 +583,10 @@ def test_pictures_without_a_folder_have_no_label(tmp_path, root):
     names = "1.png", "2.png", "test/3.png", "test/a/4.png", "deep/down/b/5.png"
     source = folder(tmp_path / "s", {name: encoded(int(name[-5])) for name in names})
     train, test = data.load(source, root), data.load(source, root, split="test")
-    assert train.classes == ["a", "b"]
-    assert sorted(zip(values(train), train.labels.tolist())) == [(1, -1), (2, -1), (5, 1)]
-    assert sorted(zip(values(test), test.labels.tolist())) == [(3, -1), (4, 0)]
+    assert train.classes == test.classes == ["b"]
+    assert sorted(zip(values(train), train.labels.tolist())) == [(1, -1), (2, -1), (5, 0)]
+    assert sorted(zip(values(test), test.labels.tolist())) == [(3, -1)]  # 4 is of a class that is not trained
+    assert train.left_out == {"of a in test, which train has not": 1}
     assert sorted(zip(values(part := data.load(source, root, classes=["b"])), part.labels.tolist())) == [(5, 0)]
     flat = data.load(folder(tmp_path / "flat", {"1.png": encoded(1)}), root)
     assert flat.classes == [] and flat.labels.tolist() == [-1]
@@ -614,13 +615,13 @@ def test_nothing_leaves_an_archive(tmp_path, root, end, capsys):
     assert sorted(values(train) + values(data.load(source, root, split="test"))) == [1, 2, 3, 4]
     assert train.classes == ["absolute", "ok"] and capsys.readouterr().err == ""
     assert [f for f in everything(tmp_path) if not f.startswith("root")] == before
-    assert all(re.fullmatch(r"cached(/s-\w+(/(images|labels|splits)\.npy|/classes\.json)?)?", f) for f in everything(root))
+    assert all(re.fullmatch(r"cached(/s-\w+(/(images|labels|splits|hashes)\.npy|/about\.json)?)?", f) for f in everything(root))
 
 
 def test_links_in_archives_are_not_followed(tmp_path, root, capsys):
     source = archive(tmp_path / "s.tar", {"a.png": encoded(1), "link.png": None})
     assert values(data.load(source, root)) == [1]
-    assert capsys.readouterr().err == "1 unreadable pictures left out, the first is link.png\n"
+    assert data.load(source, root).left_out == {"empty or a link": 1}
 
 
 def test_odd_files_in_folders(tmp_path, root, capsys):
@@ -633,7 +634,7 @@ def test_odd_files_in_folders(tmp_path, root, capsys):
     except (AttributeError, OSError):
         pytest.skip("this system has no links or pipes")
     assert sorted(values(data.load(source, root)) + values(data.load(source, root, split="test"))) == [1, 7]
-    assert "3 unreadable" in capsys.readouterr().err
+    assert data.load(source, root).left_out == {"empty or a link": 3}
 
 
 def bomb(width, rows):
@@ -653,13 +654,15 @@ def test_unreadable_pictures_are_left_out_and_told_in_one_line(tmp_path, root, e
     big += bytes(20_000)
     monkeypatch.setattr(data, "LARGEST", len(big) - 1)
     files = {"b/text.png": b"hello", "b/cut.png": whole[:60], "b/cut.jpg": noise[:700],
-             "b/bomb.png": bomb(80_000, 9), "b/whole.png": bomb(10_000, 10_000), "b/big.bmp": big, "b/empty.gif": b"",
+             "b/bomb.png": bomb(80_000, 9), "b/whole.png": bomb(14_000, 14_000), "b/big.bmp": big, "b/empty.gif": b"",
              "a/1.png": encoded(1), "a/2.png": encoded(2), "c/3.png": encoded(3)}
     source = archive(tmp_path / ("s" + end), files) if end else folder(tmp_path / "s", files)
     train, test = data.load(source, root), data.load(source, root, split="test")
     assert train.classes == ["a", "c"] and sorted(values(train) + values(test)) == [1, 2, 3]  # no class of nothing
-    first = "b/big.bmp" if not end else "b/text.png"
-    assert capsys.readouterr().err.splitlines() == [f"7 unreadable pictures left out, the first is {first}"]
+    first = "b/cut.jpg" if not end else "b/text.png"
+    assert train.left_out == {"damaged": 3, "first": first, "of 6400 megapixels": 1, "of 196 megapixels": 1,
+                              "of more than 0 MiB": 1, "empty or a link": 1}
+    assert data.told(train.left_out).endswith(f"the first is {first}") and capsys.readouterr().err == ""
 
 
 def test_postscript_is_not_run(tmp_path, root, monkeypatch):
@@ -704,7 +707,7 @@ def test_a_damaged_zip_entry_costs_one_picture(tmp_path, root, capsys):
     content[40] ^= 255  # in the first entry's data
     source.write_bytes(content)
     assert sorted(values(data.load(source, root)) + values(data.load(source, root, split="test"))) == [1, 2]
-    assert "1 unreadable" in capsys.readouterr().err
+    assert data.load(source, root).left_out == {"damaged": 1, "first": "0.png"}
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -724,7 +727,7 @@ def test_the_cache_is_made_once(tmp_path, root, monkeypatch):
     assert torch.equal(data.load(source, root).images, first.images)
     data.load(source, root, classes=["dog"], split="test")  # other choices of the same set
     assert len(data.load("digits", root, 8, split="test", seed=1)) == 10
-    assert times(root) == before and len(before) == 10  # two folders of four files
+    assert times(root) == before and len(before) == 12  # two folders of five files
     with pytest.raises(TypeError):
         data.load("digits", root, 8, seed=2)  # another set
 
@@ -766,7 +769,7 @@ def test_two_that_make_one_cache_at_once_do_not_disturb_each_other(tmp_path, roo
     monkeypatch.setattr(data, "_read_path", slow)
     outer = data.load(source, root)
     assert torch.equal(outer.images, inner[0].images) and outer.labels.tolist() == inner[0].labels.tolist()
-    assert len(everything(root / "cached")) == 5
+    assert len(everything(root / "cached")) == 6
 
 
 def test_two_processes_at_once(tmp_path, root):
@@ -782,7 +785,7 @@ def test_two_processes_at_once(tmp_path, root):
         run.stdin.flush()
     answers = [run.communicate(timeout=60) for run in runs]
     expected = hashlib.md5(data.load(source, root).images.numpy().tobytes()).hexdigest() + "\n"
-    assert answers == [(expected, "")] * 2 and len(everything(root / "cached")) == 5
+    assert answers == [(expected, "")] * 2 and len(everything(root / "cached")) == 6
 
 
 def test_a_failure_leaves_no_cache(tmp_path, root, monkeypatch):
@@ -801,7 +804,7 @@ def test_the_left_over_of_a_killed_process_is_no_cache(tmp_path, root):
     source = folder(tmp_path / "s", TREE)
     data.load(source, root)
     (made,) = (root / "cached").iterdir()
-    (made / "classes.json").rename(made / "labels.npy")
+    (made / "about.json").rename(made / "labels.npy")
     made.rename(made.with_name(f".{os.getpid()}-{made.name}"))  # half written, by one that had this process's number
     assert len(data.load(source, root)) == 9
 

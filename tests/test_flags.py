@@ -35,6 +35,7 @@ def test_a_folder_takes_the_recipe_of_its_own_name(folder, T, size, lr, name, mo
                                                    tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / folder).mkdir()
+    monkeypatch.setattr(flags, "_without_gpu", lambda given: False)
     c = parsed(ddgan, f"--train --data {folder}", monkeypatch)
     assert (c.T, c.size, c.lr, c.run.name) == (T, size, lr, f"ddgan-{name}")
     assert c.flip  # pictures, and both papers'

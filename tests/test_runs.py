@@ -154,6 +154,9 @@ class Data:
     def __len__(self):
         return 50
 
+    def content(self):
+        return None  # as points: nothing tells one set of them from another
+
 
 DATA = Data()
 
@@ -417,7 +420,7 @@ def test_a_closing_sheet_that_is_owed_is_drawn_by_the_next_command(tmp_path, cap
         c = settings(tmp_path, iters=5)
         for step in (run := runs.Run(c, DATA, thing=Thing())):
             run.log(loss=1.0)
-        runs.end(c, run)
+        runs.end(c, run, 20)
         return c.sample
 
     assert ended() and ended()  # none yet
