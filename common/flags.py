@@ -62,8 +62,8 @@ class Shared:
     data: str = option("digits", f"{', '.join(NAMED)}, or a folder or archive (.zip .tar .tar.gz "
                        ".tar.xz) of pictures", ALL)
     data_root: str = option("data", "where named data sets are kept and fetched to", ALL)
-    size: int = option(0, "resize pictures to this side; 0: the data's own", ALL, low=0,
-                       of_pictures=True)
+    size: int = option(0, "resize pictures to this side; 0: the data's own, of a path at most 64, "
+                       "or 32 without a GPU", ALL, low=0, of_pictures=True)
     classes: tuple = option((), "keep only these classes, e.g. airplane,bird", ALL, part=str,
                             of_pictures=True)
     run: str = option("", "folder of the run; default runs/<method>-<data>", ALL)

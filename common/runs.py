@@ -255,10 +255,6 @@ def begin(c):
         stop(f"--batch {c.batch} cannot be split evenly among {world()} processes")
     processes.join(c.device)
     data = load_data(c)
-    if rank() == 0:
-        print(f"{c.data}: {data.told()}", file=sys.stderr)
-        if flags.full_recipe(c, data.capped):
-            print(flags.full_recipe(c, data.capped), file=sys.stderr)
     if c.evaluate:
         with inputs():
             judgeable(data, c.n or 1000)
@@ -301,7 +297,7 @@ def end(c, run, evaluations):
 LOG_EVERY = 10  # updates averaged in a row of metrics.csv
 SAVE_EVERY = 60.0  # seconds
 FIRST_SHEET, SHARE = 20.0, 0.03  # seconds; of them, what sheets may take
-CLOSING = 0.2  # of the seconds, what the closing sheet may take
+CLOSING, LEAST = 0.2, 3.0  # of the seconds, what the closing sheet may take; at least so many
 FEW = 200  # updates, with fewer of which nothing is learned
 
 
@@ -362,6 +358,8 @@ class Run:
                                  "folder that all of them share")
             if rank() == 0:
                 self._begin()
+                if not self._finished():
+                    self._tell()
 
     def _same_data(self, saved):
         """ValueError where the run was trained with other pictures."""
@@ -380,6 +378,13 @@ class Run:
             stop(f"{changed}: --fresh trains anew, --run DIR keeps both")
         if rank() == 0:
             print(f"{changed}: what is left is trained by today's text", file=sys.stderr)
+
+    def _tell(self):
+        """Say what was read, and what was taken where there is no GPU."""
+        print(f"{self.c.data}: {self.data.told()}", file=sys.stderr)
+        recipe = flags.full_recipe(self.c, self.data.capped)
+        if recipe:
+            print(recipe, file=sys.stderr)
 
     def _begin(self):
         """Write config.json and script.py, and drop what lies after the last checkpoint.
@@ -622,11 +627,12 @@ class Run:
 
     def closing(self, evaluations):
         """How many samples the closing sheet has: CLOSING of the seconds must pay for them."""
+        budget = max(LEAST, CLOSING * self.seconds)
         cost = self.cost
         if cost is None:  # as in shows
             cost = self.seconds / max(1, self.step) / (3 * self.c.batch)
         sizes = (64, 36, 16, 9, 4) if len(self.c.shape) == 3 else (1000, 250, 50)
-        fitting = [n for n in sizes if n * evaluations * cost <= CLOSING * self.seconds]
+        fitting = [n for n in sizes if n * evaluations * cost <= budget]
         n = fitting[0] if fitting else sizes[-1]
         if n < sizes[0] and self.step > self.began:
             print(f"closing sheet: {n} samples instead of {sizes[0]}, to take at most a fifth of "
