@@ -225,6 +225,17 @@ def changed(known, dataset):
     return "other data"
 
 
+def same(known, dataset, path, more=""):
+    """ValueError where the data are not those, of content() `known`, that `path` was trained with.
+
+    more: what else can be done.
+    """
+    what = changed(known, dataset)
+    if what:
+        raise ValueError(f"{path} was trained with {what} (now in {dataset.name}): give that "
+                         f"--data{more}")
+
+
 def judgeable(dataset, n):
     """ValueError where n samples cannot be judged by the data: before any work."""
     if n < 6:
@@ -264,7 +275,7 @@ def _source(name, root, size, seed, most=64):
         raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
     else:
         files = [path]
-        if path.is_dir():  # the pictures alone: the cache itself may lie in it
+        if path.is_dir():  # the pictures alone: runs and the cache itself may lie in it
             files = [path / f for f, *_ in _walk(path) if _parts(f)]
         base, called, key = path, title(path), (str(path), size or f"at most {most}")
     stamp = [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns)
@@ -280,7 +291,7 @@ def _source(name, root, size, seed, most=64):
     def make(folder):
         if name in SOURCES:
             return _read_official(name, files, size)
-        return _read_path(path, folder, size, most)
+        return _read_path(path, folder, size, most, root)
 
     try:
         return _cached(root, called, (*key, stamp), make)
@@ -643,6 +654,16 @@ def _parts(name):
     return parts if Image.registered_extensions().get(ending) in FORMATS else []
 
 
+def _ours(path, root):
+    """How names begin of what is kept under the data root, where that lies in the folder `path`."""
+    try:
+        inner = Path(os.path.relpath(root, path)).as_posix()
+    except ValueError:  # on another drive
+        return ()
+    start = "" if inner == "." else inner + "/"
+    return tuple(start + word for word in ("cached/", "classifier-", "inception-"))
+
+
 def _visible(name):
     """The folders and the name of a file that people see; else nothing."""
     parts = [p for p in PurePosixPath(name).parts if p not in ("..", ".", "/")]
@@ -675,16 +696,16 @@ def _opening():
         raise Unread("that cannot be opened") from None
 
 
-def _pictures(path, text, left_out, shut=None):
+def _pictures(path, text, left_out, root, shut=None):
     """(parts of the name, opened PIL picture, hash of the file) of every picture file.
 
     What is left out is counted in left_out, by its reason; the caller counts what it cannot decode.
     """
-    files = progress(_walk(path, shut), text, unit=" files")
+    files, ours = progress(_walk(path, shut), text, unit=" files"), _ours(path, root)
     for name, size, read in files:
         parts = _parts(name)
         if not parts:
-            if _visible(name):
+            if _visible(name) and not name.startswith(ours):
                 ending = PurePosixPath(name).suffix.lower()
                 left_out[ending or "without an ending"] += 1
             continue
@@ -740,14 +761,14 @@ def _pixels(picture, size, grey):
     return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
 
 
-def _read_path(path, folder, size, most):
+def _read_path(path, folder, size, most, root):
     """Read the source twice: the headers, to settle size and channels, and then the pixels.
 
     These go straight into a file in folder.
     """
     import numpy as np
     heads = {(*p.size, p.mode) for _, p, _ in
-             _pictures(path, f"looking through {path.name}", collections.Counter())}
+             _pictures(path, f"looking through {path.name}", collections.Counter(), root)}
     grey = all(mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") for *_, mode in heads)
     sides = {side for head in heads for side in head[:2]}
     own = sides.copy().pop() if len(sides) == 1 else 0
@@ -757,7 +778,8 @@ def _read_path(path, folder, size, most):
         raise ValueError(f"--data {path}: pictures of {size} pixels are too small; give --size")
     rows, hashes, left_out, shut = [], [], collections.Counter(), []
     with open(folder / "raw", "wb") as raw:
-        for parts, picture, number in _pictures(path, f"reading {path.name}", left_out, shut):
+        for parts, picture, number in _pictures(path, f"reading {path.name}", left_out, root,
+                                                shut):
             try:
                 pixels = _pixels(picture, size, grey).tobytes()
             except MemoryError:

@@ -602,10 +602,7 @@ def prepare(c):
     with inputs():
         size, most = c.size or None, flags.most(c)
         train = data.load(c.data, c.data_root, size, c.chosen or None, most=most)
-        what = data.changed(c.content, train)
-        if what:
-            raise ValueError(f"{c.checkpoint} was trained with {what} (now in {c.data}): give that "
-                             "--data")
+        data.same(c.content, train, c.checkpoint)
         data.judgeable(train, n)
         if train.images is None:
             return

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from common import draws, flags, pictures, processes
-from common.data import NAMED, changed, judgeable, load
+from common.data import NAMED, judgeable, load, same
 from common.files import inputs, load_checkpoint, stop, written
 from common.processes import rank, world
 from common.progress import progress
@@ -244,6 +244,7 @@ def load_data(c, split="train"):
     with inputs():
         data = load(c.data, c.data_root, c.size or None, c.chosen or None, split,
                     most=flags.most(c))
+        same(vars(c).get("content"), data, c.checkpoint)  # where a checkpoint says which
     if rank() == 0:
         processes.barrier()
     return data
@@ -342,7 +343,9 @@ class Run:
                     free.add("data")  # whatever it is called
                 if now["shape"] == saved["data"]["shape"] and now["classes"] == sorted(
                         saved["data"]["classes"]):
-                    self._same_data(saved)
+                    same(saved["data"].get("content"), data, self.path, ", another --run, or "
+                         f"--fresh to start over; --init {self.path} in another --run goes on from "
+                         "its weights")
                 compare(c, self.path, saved, {name: value for name, value in now.items()
                                               if name not in free})
                 load_states(saved, self.path, **states)
@@ -360,14 +363,6 @@ class Run:
                 self._begin()
                 if not self._finished():
                     self._tell()
-
-    def _same_data(self, saved):
-        """ValueError where the run was trained with other pictures."""
-        what = changed(saved["data"].get("content"), self.data)
-        if what:
-            raise ValueError(f"{self.path} was trained with {what} (now in {self.c.data}): give "
-                             "that --data, another --run, or --fresh to start over; --init "
-                             f"{self.path} in another --run goes on from its weights")
 
     def _changed(self, script):
         """Say that the script is another one than trained the run; an error if that was all."""

@@ -67,6 +67,16 @@ def test_what_is_left_out_is_told_by_kind(tmp_path):
     assert "thumbs" not in left and "hidden" not in left
 
 
+def test_what_is_kept_beside_pictures_is_not_told_as_left_out(tmp_path):
+    """The data root may lie among them, or be their folder."""
+    for root in ("data", "."):
+        source = folder(tmp_path / root / "s", {"a/1.png": picture(1), "a/2.png": picture(2)})
+        folder(source / root, {"classifier-x.pt": b"", "cached/other/labels.npy": b""})
+        assert data.load(source, source / root).left_out == {}
+        folder(source, {"a/3.heic": b"", "a/4.png": picture(4)})
+        assert data.load(source, source / root).left_out == {".heic": 1}
+
+
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True,
                     reason="root opens every folder")
 def test_a_folder_that_cannot_be_opened_is_told(tmp_path):
@@ -265,8 +275,9 @@ def test_another_set_of_the_same_name_is_refused(tmp_path):
     for act in (["--train", *TINY], ["--train", *TINY[:-1], "20"]):
         told = run(tmp_path, "ddim", *act, "--data", b, code=2).stderr
         assert "was trained with other data (now in" in told and told.count("\n") == 1
-    told = run(tmp_path, "ddim", "--evaluate", "--n", "8", "--data", b, code=2).stderr
-    assert "was trained with other data" in told
+    for act in (["--evaluate", "--n", "8"], ["--encode"]):  # which reads held-out pictures
+        told = run(tmp_path, "ddim", *act, "--data", b, code=2).stderr
+        assert "was trained with other data" in told
     metrics_of = tmp_path / "runs" / "ddim-archive" / "metrics.csv"
     assert len(metrics_of.read_text().splitlines()) == 2  # nothing went on
     zipped(a, many(0, **{"a/new.png": picture(200)}))
