@@ -304,13 +304,19 @@ def full_recipe(c, capped=False):
     """
     fewer = {name: value for name, value in c.instead.items() if getattr(c, name) != value
              and not (c.name in POINTS and c.fields[name].metadata["of_pictures"])}
-    taken = [f"{name.replace('_', ' ')} {text(getattr(c, name))}" for name in fewer]
-    whole = []
-    for name, value in fewer.items():
+
+    def said(name, value, before=""):
+        """As words; with before="--" as a flag."""
+        dash = "-" if before else " "
+        called = before + name.replace("_", dash)
         if isinstance(value, bool):
-            whole.append(_flag(name) if value else _flag("no_" + name))
-        else:
-            whole.append(f"{_flag(name)} {text(value) if value != () else repr('')}")
+            return called if value else f"{before}no{dash}{name.replace('_', dash)}"
+        if before and value == ():
+            return f"{called} ''"
+        return f"{called} {value:g}" if isinstance(value, float) else f"{called} {text(value)}"
+
+    taken = [said(name, getattr(c, name)) for name in fewer]
+    whole = [said(name, value, "--") for name, value in fewer.items()]
     if capped and most(c) < 64 and "size" not in c.given:
         taken.append(f"{most(c)} x {most(c)} pixels at most")
         whole.append("--size 64")

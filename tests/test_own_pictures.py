@@ -252,8 +252,13 @@ def test_a_set_is_known_by_its_content(tmp_path):
     assert len(known["smallest"]) == known["pictures"] == 20 and len(first) == 18
     assert data.load(tmp_path / "one", root, split="test").content() == known
     assert json.loads(json.dumps(known)) == known
-    for moved in (folder(tmp_path / "two", many(0)), zipped(tmp_path / "three.zip", many(0))):
-        assert data.changed(known, data.load(moved, root)) == ""
+    turned = dict(reversed(many(0).items()))
+    for moved in (folder(tmp_path / "two", many(0)), zipped(tmp_path / "three.zip", turned)):
+        again = data.load(moved, root)
+        assert data.changed(known, again) == ""
+        # and as many are held out, the same ones, in the same order
+        assert torch.equal(again.images, first.images)
+        assert torch.equal(again.labels, first.labels)
     other = data.load(folder(tmp_path / "four", many(100)), root)
     assert data.changed(known, other) == "other data" and data.changed(None, other) == ""
     new = {"a/new.png": picture(200), "b/new.png": picture(201)}
@@ -304,6 +309,7 @@ def test_without_a_gpu_a_folder_gets_what_a_laptop_trains(script, monkeypatch, t
         assert (c.attention, c.blocks) == ((), 1) and c.width <= 32 and c.batch <= 64
         assert 0 < c.minutes <= 30 and flags.most(c) == 32
         told = flags.full_recipe(c)
+        assert "True" not in told and "False" not in told
         assert f"width {c.width}" in told and "--width " in told and "--minutes 0" in told
         monkeypatch.setattr(flags, "_without_gpu", lambda given: False)
         whole = laid(data=name)
@@ -519,3 +525,20 @@ def test_what_cannot_be_judged_is_told_before_any_work(tmp_path, monkeypatch):
     assert "needs at least 2" in told
     told = run(tmp_path, "ddim", "--evaluate", "--data", "one", "--n", "3", code=2).stderr
     assert "6 is the least" in told
+    both_acts = ["--train", "--evaluate", "--data", "one", "--run", "runs/new", *TINY]
+    assert "needs at least 2" in run(tmp_path, "ddim", *both_acts, code=2).stderr
+    assert not (tmp_path / "runs" / "new").exists()
+
+
+@pytest.mark.parametrize("script,evaluations", [
+    ("ddpm", 50), ("ddim", 50), ("vdm", 50), ("shortcut_mcmc", 20), ("ddgan", 4)])
+def test_each_script_says_what_its_closing_sheet_costs(script, evaluations, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs.Run, "closing", lambda self, n: asked.append(n) or 4)
+    folder(tmp_path / "mine", {f"{i}.png": picture(i) for i in range(20)})
+    pretrain = ["--pretrain", "0"] if script == "ddgan" else []
+    done = run(tmp_path, script, "--train", "--data", "mine", *SMALL[script], *pretrain,
+               "--iters", "2")
+    assert asked == [evaluations]
+    assert "4 samples in" in done.stdout and f"{evaluations} network evaluations" in done.stdout
+    assert "\r" not in done.stderr  # into a file: lines
