@@ -25,6 +25,7 @@ from common.data import read_pictures
 from common.draws import NOISE, START, STEP, sample_labels
 from common.files import inputs
 from common.flags import option
+from common.progress import progress
 from common.schedules import SCHEDULES, alpha_bar, at, before, prediction, timesteps
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
@@ -164,7 +165,7 @@ def sample(c, net, first, n, steps=None, label=None, frames=None, x=None, clip=T
     down = sampling.captured(denoise, c, net)  # on CUDA a graph, replayed
     if x is None:
         x = randn((n, *c.shape), c.seed, first, stream=START, device=c.device)  # x_T
-    for i in sampling.progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
+    for i in progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
         x, x0_ = down(x, tau[i:i + 1], table[i], seed, which, label, clip)
         if frames is not None:
             frames.append(x0_.cpu())
@@ -230,7 +231,7 @@ def encode(c, net, x, steps):
     """Clean pictures (n, C, H, W) to the x_T that sampling with as many steps turns into them."""
     table, asked = walk_up(c, timesteps(c.T, steps, c.spacing))
     table, asked = table.to(c.device), asked.to(c.device)
-    for i in sampling.progress(range(steps), "encoding"):
+    for i in progress(range(steps), "encoding"):
         time = asked[i:i + 1] / c.T
         out, _ = sampling.guided(c, net, x, time, dict(label=None), {})
         if variance_of(c) == "learned":

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from common import draws, flags, metrics, processes, runs, sampling, unet
 from common.draws import JUDGE, NOISE, START, STEP, sample_labels
 from common.flags import option
+from common.progress import progress
 from common.schedules import SCHEDULES, alpha_bar, at, before, posterior, prediction, timesteps
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
@@ -180,7 +181,7 @@ def sample(c, net, first, n, steps=None, label=None, frames=None):
     seed = torch.tensor(c.seed, device=c.device)
     down = sampling.captured(denoise, c, net)  # on CUDA a graph, replayed
     x = randn((n, *c.shape), c.seed, first, stream=START, device=c.device)  # x_T
-    for i in sampling.progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
+    for i in progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
         x, x0_ = down(x, tau[i:i + 1], table[i], seed, which, label)
         if frames is not None:
             frames.append(x0_.cpu())
@@ -258,7 +259,7 @@ def bits_per_dim(c, net, data, n=500, parts=16):
     noise = (1 - ab).sqrt().float().to(c.device)
     table = walk(c, torch.arange(1, c.T + 1)).to(c.device)
     total = []
-    for first in sampling.progress(range(0, len(chosen), 32), "bits/dim"):
+    for first in progress(range(0, len(chosen), 32), "bits/dim"):
         x0, label = data.batch(chosen[first:first + 32], c.device)
         label = torch.where(label < 0, c.labels, label) if c.conditional else None
 

@@ -31,6 +31,7 @@ from common import draws, flags, metrics, processes, runs, sampling, unet
 from common.draws import NOISE, START, STEP, VISIT, sample_labels
 from common.files import stop
 from common.flags import option
+from common.progress import progress
 from common.schedules import before, posterior, prediction, timesteps
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
@@ -256,7 +257,7 @@ def sample(c, net, first, n, steps=None, label=None, frames=None):
     seed = torch.tensor(c.seed, device=c.device)
     down = sampling.captured(denoise, c, net)  # on CUDA a graph, replayed
     x = randn((n, *c.shape), c.seed, first, stream=START, device=c.device)  # x_T
-    for i in sampling.progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
+    for i in progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
         x, x0_ = down(x, tau[i:i + 1], table[i], seed, which, label)
         if frames is not None:
             frames.append(x0_.cpu())

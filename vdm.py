@@ -30,6 +30,7 @@ from common.data import POINTS
 from common.draws import JUDGE, NOISE, START, STEP, sample_labels
 from common.files import inputs, stop, written
 from common.flags import option
+from common.progress import progress
 from common.schedules import prediction
 from kernels.diffuse import add_noise, denoise_step
 from kernels.noise import randn
@@ -458,7 +459,7 @@ def sample(c, net, first, n, steps=None, label=None, frames=None):
     down = sampling.captured(denoise, c, net)  # on CUDA a graph, replayed
     x = randn((n, *c.shape), c.seed, first, stream=START, device=c.device)  # at t = 1
     back = 1 / onto_levels(x)  # from the levels to [-1, 1]
-    for i in sampling.progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
+    for i in progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
         x, x_ = down(x, gamma[i + 1:i + 2], table[i], number[i + 1], seed, which, label)
         if frames is not None:
             frames.append(back * x_.cpu())
@@ -554,7 +555,7 @@ def bits_per_dim(c, net, data, T=None, n=500, parts=16):
     wrong = values = outermost = 0
     bits = []
     chosen = metrics.choice(len(data), n)
-    for first in sampling.progress(range(0, len(chosen), 32), "bits/dim"):
+    for first in progress(range(0, len(chosen), 32), "bits/dim"):
         x0, label = data.batch(chosen[first:first + 32], c.device)
         label = torch.where(label < 0, c.labels, label) if c.conditional else None
         recon = diffusion = 0

@@ -112,7 +112,7 @@ def trained(c, methods=None, also=()):
         saved = load_checkpoint(c.checkpoint, methods or (c.method,))
         given = dict(size=c.size, classes=sorted(c.classes))
         if c.data in NAMED or "content" not in saved["data"]:
-            given["data"] = c.name  # else metrics.prepare looks at the pictures themselves
+            given["data"] = c.name  # else who reads the pictures compares them
         compare(c, c.checkpoint, saved, {k: v for k, v in given.items() if k in c.given})
         for name in flags.trained_fields(c):
             if name != "seed":  # samples have their own

@@ -10,7 +10,6 @@ import torch
 
 from common import files, flags, pictures
 from common.draws import sample_labels
-from common.progress import progress
 
 
 def guided(c, net, x, time, given, without):

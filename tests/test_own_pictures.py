@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 import ddim
 from common import data, files, flags, metrics, progress, runs
 from conftest import ROOT, SMALL, run
+from test_data import folder
 
 TINY = [*SMALL["ddim"], "--iters", "10"]
 
@@ -27,13 +28,6 @@ def picture(value=0, size=(8, 8), form="png", **options):
     value = value if isinstance(value, tuple) else (value,) * 3
     Image.new("RGB", size, value).save(out, form, **options)
     return out.getvalue()
-
-
-def folder(path, contents):
-    for name, content in contents.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
 
 
 def zipped(path, contents):
