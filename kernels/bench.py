@@ -313,15 +313,15 @@ def compare(name, ways, size, clock, copy):
     return row
 
 
-def norm_rows(clock, copy, dtypes, unets, compiled=True):
-    """Forward and backward of every GroupNorm shape, both layouts."""
+def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguous_format, LAST), batch=None):
+    """Forward and backward of every GroupNorm shape, in both layouts if not told otherwise."""
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers.functional import liger_group_norm
     seen = set()
     for unet in unets:
-        for shape, groups, adaptive, silu in norm_shapes(*UNETS[unet]):
+        for shape, groups, adaptive, silu in norm_shapes(UNETS[unet][0], batch or UNETS[unet][1]):
             for dtype in dtypes:
-                for layout in (torch.contiguous_format, LAST):
+                for layout in layouts:
                     if (key := (shape, groups, adaptive, silu, dtype, layout)) in seen:
                         continue
                     seen.add(key)
@@ -541,6 +541,9 @@ def main():
     parser.add_argument("--dtypes", default="fp32,bf16", help="of fp32, bf16, fp16 (default %(default)s)")
     parser.add_argument("--targets", default=",".join(TARGETS), help="without a GPU (default %(default)s)")
     parser.add_argument("--unets", default=",".join(UNETS), help="with a GPU, whose GroupNorms: torch.compile takes minutes for all (default %(default)s)")
+    parser.add_argument("--quick", action="store_true",
+                        help="with a GPU: print the channels_last rows of GroupNorm, nothing else, and write no file")
+    parser.add_argument("--batch", type=int, help="with a GPU, of GroupNorm's rows (default: what each U-Net trains with)")
     args = parser.parse_args()
     dtypes, targets = args.dtypes.split(","), args.targets.split(",")
     for name, known in [*((d, DTYPES) for d in dtypes), *((t, TARGETS) for t in targets), *((u, UNETS) for u in args.unets.split(","))]:
@@ -562,14 +565,18 @@ def main():
     head = f"{torch.cuda.get_device_name()}, {versions}, commit {commit}; copy {copy:.0f} GB/s"
     print(head)
     ways = ("eager", "compile", "liger", "diffusers")
+    types, unets = [DTYPES[d] for d in dtypes], args.unets.split(",")
+    if args.quick:
+        for _ in norm_rows(clock, copy, types, unets, layouts=(LAST,), batch=args.batch):
+            pass  # each row prints itself
+        return
     with open(path, "w", buffering=1) as file:  # a line at a time: who stops it keeps what was measured
         print(head, "", sep="\n", file=file)
         for line in (overhead(clock), *whole_rows(clock)):
             print(f"- {line}", file=file)
         print("", "Times of others as multiples of ours: below 1, ours loses.", "", "| | ms | GB/s | share of copy | " + " | ".join(ways) + " |",
               "| --- | --- | --- | --- | " + "--- | " * len(ways), sep="\n", file=file)
-        types = [DTYPES[d] for d in dtypes]
-        for r in itertools.chain(diffuse_rows(clock, copy, types), norm_rows(clock, copy, types, args.unets.split(","))):
+        for r in itertools.chain(diffuse_rows(clock, copy, types), norm_rows(clock, copy, types, unets, batch=args.batch)):
             print(f"| {r['name']} | {r['ours']:.4f} | {r['gbs']:.0f} | {r['share']:.0%} | "
                   + " | ".join(f"{r[w] / r['ours']:.2f}" if w in r else "" for w in ways) + " |", file=file)
 

@@ -194,7 +194,7 @@ def test_gpu_a_replayed_step_gives_the_very_pictures_of_the_step(script, monkeyp
     monkeypatch.setattr(sampling, "_graphs", {})
     torch.manual_seed(0)
     more = dict(eta=1.0) if script is ddim else {}
-    c = settings(script, device="cuda", seed=3, width=32, attention=(8,), **more)
+    c = settings(script, device=torch.device("cuda"), seed=3, width=32, attention=(8,), **more)
     net = script.network(c).cuda()
     torch.nn.init.normal_(net.last.weight, std=0.1)
     steps = None if script is ddgan else 7
