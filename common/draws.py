@@ -12,7 +12,7 @@ from common.files import stop
 from common.processes import rank, world
 
 # Training and sampling never share a stream.
-(ORDER, FLIP, TIME, NOISE, DROP, START, STEP, JUDGE, VISIT) = range(9)
+(ORDER, FLIP, TIME, NOISE, DROP, START, STEP, JUDGE, VISIT, POSTERIOR, CODES) = range(11)
 
 BELOW_1 = 1 - 2 ** -24  # the largest float32 below 1: what is drawn in [0, 1) stays there
 

@@ -282,6 +282,8 @@ def _without_gpu(given):
 def _of_run(c, given, recipes):
     """What row "cpu" sets, as the run's checkpoint has it, with the pictures' size; its ends."""
     path = c.run / "checkpoint.pt"
+    if not path.exists():  # of a method in stages the first one may be there
+        path = c.run / "autoencoder" / "checkpoint.pt"
     if given.get("fresh") or given.get("checkpoint") or not path.exists():
         return {}, None
     try:

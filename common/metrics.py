@@ -699,6 +699,22 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
     return result
 
 
+def fcd(c, images):
+    """The FCD of uint8 pictures (N, C, H, W) to the training pictures, as `evaluate` has it.
+
+    c: a script's flags. None where too few pictures are there for it.
+    """
+    train = data.load(c.data, c.data_root, c.size or None, c.chosen or None)
+    able = computable(len(images), len(train), train.held_out)[0]
+    if len(images) < 2 or "distance" not in able:
+        return None
+    source = "digits" if c.data == "stacked" else c.data
+    net, _, _ = classifier(source, c.data_root, train.shape[-1], device=c.device)
+    reference, _ = look(net, train.images, choice(len(train), REFERENCE), c.device)
+    fake, _ = look(net, images, torch.arange(len(images)), c.device)
+    return frechet(*moments([fake]), *moments([reference]))
+
+
 def report(result):
     """The dict of `evaluate` as aligned lines of text.
 

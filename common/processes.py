@@ -43,6 +43,13 @@ def barrier():
         dist.barrier()
 
 
+def summed(counts):
+    """The processes' tensors of whole numbers, added up; without torchrun the tensor itself."""
+    if world() > 1:
+        dist.all_reduce(counts)
+    return counts
+
+
 def average_gradients(net):
     """Turn each process's gradients of the module into their mean, by one all-reduce.
 

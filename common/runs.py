@@ -313,23 +313,26 @@ def next_sheet(seconds):
 class Run:
     """A training run in its folder: `for step in run:` counts updates, from the checkpoint's on.
 
-    c: from flags.parse, after begin; data: the Dataset; states: what a checkpoint holds beside the
-    step, each with state_dict and load_state_dict. Inside the loop call run.log(loss=...) once in
-    each update. The loop ends at c.iters updates, after c.minutes of training in all, or at Ctrl-C
-    or SIGTERM (then with a checkpoint and exit status 130). A value that is not finite ends it too,
-    naming the update, and the last good checkpoint stays.
+    c: from flags.parse, after begin; data: the Dataset; share: of c.minutes, for a method in stages
+    with a run each; tell: whether to say what was read; only: of a stage that another one follows
+    the flags that it reads; states: what a checkpoint holds beside the step, each with state_dict
+    and load_state_dict. Inside the loop call run.log(loss=...) once in each update. The loop ends
+    at c.iters updates, after c.minutes of training in all, or at Ctrl-C or SIGTERM (then with a
+    checkpoint and exit status 130). A value that is not finite ends it too, naming the update, and
+    the last good checkpoint stays.
     """
 
-    def __init__(self, c, data, **states):
-        self.c, self.data, self.states = c, data, states
+    def __init__(self, c, data, share=1.0, tell=True, only=(), **states):
+        self.c, self.data, self.states, self.only = c, data, states, only
         self.path, self.table = c.run / "checkpoint.pt", c.run / "metrics.csv"
-        self.config = {name: getattr(c, name) for name in flags.trained_fields(c)}
+        self.config = {name: getattr(c, name) for name in only or flags.trained_fields(c)}
         self.about = dict(data=c.name, shape=list(data.shape), classes=list(data.classes),
                           pictures=len(data), chosen=list(c.chosen))
         content = data.content()
         if content:
             self.about["content"] = content
-        self.step, self.seconds, self.limit = 0, 0.0, 60 * c.minutes or math.inf
+        self.step, self.seconds, self.share = 0, 0.0, share
+        self.limit = 60 * share * c.minutes or math.inf
         self.start, self.began_at = None, 0.0  # the clock at second 0; seconds when this began
         self.due, self.cost, self.paid, self.drawing = 0.0, None, 0.0, None  # of sheets: see shows
         self.columns, self.header, self.window, self.last = {}, [], [], {}
@@ -361,7 +364,7 @@ class Run:
                                  "folder that all of them share")
             if rank() == 0:
                 self._begin()
-                if not self._finished():
+                if tell and not self._finished():
                     self._tell()
 
     def _changed(self, script):
@@ -369,7 +372,7 @@ class Run:
         if not differs(script, self.c.text):
             return
         changed = f"{self.c.method}.py has changed since {self.c.run} was trained"
-        if self._finished():
+        if self._finished() and not self.only:
             stop(f"{changed}: --fresh trains anew, --run DIR keeps both")
         if rank() == 0:
             print(f"{changed}: what is left is trained by today's text", file=sys.stderr)
@@ -418,12 +421,19 @@ class Run:
         pictures without a class have c.labels, "no label"; None where none are learnt. first: the
         number of its first sample in the whole batch.
         """
+        c = self.c
+        index, flip = self.index(step)
+        x0, label = self.data.batch(index, c.device, flip if c.flip else None)
+        label = draws.drop_labels(label, c, step, drop) if c.labels else None
+        return x0, label, draws.part(c.batch).start
+
+    def index(self, step):
+        """Which pictures those are, int64 (b,), and which of them are mirrored, bool (b,)."""
         c, mine = self.c, draws.part(self.c.batch)
         index = draws.batch_index(len(self.data), c.batch, c.seed, step)[mine]
-        flip = draws.flips(c, step)[mine] if c.flip else None
-        x0, label = self.data.batch(index, c.device, flip)
-        label = draws.drop_labels(label, c, step, drop) if c.labels else None
-        return x0, label, mine.start
+        if not c.flip:
+            return index, torch.zeros(len(index), dtype=torch.bool)
+        return index, draws.flips(c, step)[mine]
 
     def spread(self, step):
         """One u in [0, 1) for each sample of this process's part, evenly spread: float32 (b,)."""
@@ -508,13 +518,14 @@ class Run:
         if fit >= min(FEW, self.c.iters):
             return True
         enough = min(FEW, self.c.iters) - self.step
-        minutes = math.ceil((self.seconds + each * enough) / 60)
-        faster = [f"--{name} {getattr(self.c, name) // 2}" for name in ("width", "batch")
-                  if getattr(self.c, name, 0) > 16]
+        minutes = math.ceil((self.seconds + each * enough) / 60 / self.share)
+        widths = [name for name in self.only if name.startswith("width")] or ["width"]
+        faster = [f"--{name.replace('_', '-')} {getattr(self.c, name) // 2}"
+                  for name in (*widths, "batch") if getattr(self.c, name, 0) > 16]
         side = self.c.shape[-1] if len(self.c.shape) == 3 else 0
         faster += [f"--size {side // 2}"] if side >= 32 else []
-        self.warn(f"at {each:.1f} s each only {fit} updates fit into {self.c.minutes:g} minutes, "
-                  f"and fewer than {FEW} learn little: give --minutes {minutes}"
+        self.warn(f"at {each:.1f} s each only {fit} updates fit into {self.limit / 60:.3g} "
+                  f"minutes, and fewer than {FEW} learn little: give --minutes {minutes}"
                   + (f", or with --fresh {' or '.join(faster)}" if faster else ""))
         return True
 

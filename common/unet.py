@@ -106,22 +106,25 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Residual block: norm, SiLU, conv, then norm scaled and shifted by the embedding, SiLU, conv.
 
-    resample -1 or 1 halves or doubles the map inside the block and on its skip, as in BigGAN.
+    resample -1 or 1 halves or doubles the map inside the block and on its skip, as in BigGAN. With
+    dim 0 there is no embedding: the autoencoder's blocks know no time.
     """
 
     def __init__(self, c_in, c_out, dim, resample=0):
         super().__init__()
         self.resample = resample
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.scale_shift = nn.Linear(dim, 2 * c_out)
+        self.scale_shift = nn.Linear(dim, 2 * c_out) if dim else None
         self.norm2, self.conv2 = norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, e, size=None):
+    def forward(self, x, e=None, size=None):
         h = self.norm1(x)
         if self.resample:
             h, x = resize(h, self.resample, size), resize(x, self.resample, size)
         h = self.conv1(h)
+        if self.scale_shift is None:
+            return self.skip(x) + self.conv2(self.norm2(h))
         scale, shift = self.scale_shift(e).chunk(2, 1)
         return self.skip(x) + self.conv2(self.norm2(h, scale, shift))
 
@@ -143,7 +146,7 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, 3, stride=2 if direction < 0 else 1, padding=1)
 
-    def forward(self, x, e, size=None):
+    def forward(self, x, e=None, size=None):
         return self.conv(x if size is None else resize(x, 1, size))
 
 

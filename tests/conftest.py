@@ -35,9 +35,10 @@ SMALL = {"ddpm": [*SMALL, "--T", "100"],
          "ddim": [*SMALL, "--T", "100"],
          "vdm": [*SMALL, "--gamma", "learned"],  # which has a state of its own
          "shortcut_mcmc": [*SMALL, "--T", "100", "--fidelity", "0.2", "--K", "3", "--part", "8"],
+         "ldm": [*SMALL, "--T", "100", "--f", "2", "--channels", "3", "--width-ae", "8"],
          "ddgan": [*SMALL, "--batch", "64", "--width-d", "8", "--z", "10", "--pretrain", "50",
                    "--r1-every", "4"]}
-ITERS = {"ddpm": "200", "ddim": "200", "vdm": "200", "shortcut_mcmc": "200",
+ITERS = {"ddpm": "200", "ddim": "200", "vdm": "200", "shortcut_mcmc": "200", "ldm": "200",
          "ddgan": "80"}
 STEPS = {script: ["--steps", "7"] for script in SMALL} | {"ddgan": []}  # ddgan.py takes its T
 
