@@ -16,6 +16,9 @@ Rombach et al. 2021 (arXiv:2112.10752). Both are trained here, from nothing.
     python ldm.py --train --latent kl --kl 1 --likelihood bernoulli --run runs/vae    # a plain VAE
     python ldm.py --sample --prior --run runs/vae                     # and its own samples
 
+Digits on two cores of a Xeon: 2.5 minutes, FCD 1.6 (floor 0.16) at 50 steps, one run. At 16 x 16
+little is won; at 64 x 64 a sample costs a thirtieth of ddim.py's (notebook).
+
 Left out of the paper: the perceptual and the adversarial term of the autoencoder's loss. They need
 a network of others' weights and a discriminator; without them fine texture is blurred, the more
 the larger f is.
@@ -265,9 +268,10 @@ def train(c):
         ae, told = train_autoencoder(c, data)
     if ae is not None:
         measure(c, ae, data)
-    if c.fresh and (c.autoencoder or c.init) and processes.rank() == 0:
+    alone = (c.autoencoder or c.init) and not closed  # then stage 2 has all the minutes
+    if alone and c.fresh and processes.rank() == 0:
         shutil.rmtree(first, ignore_errors=True)  # the old model's, of which nothing is left
-    share = 1 - c.share if first.exists() else 1.0
+    share = 1.0 if alone or not first.exists() else 1 - c.share
     train_diffusion(c, data, ae, share, told)
 
 

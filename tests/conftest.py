@@ -68,6 +68,7 @@ def settings(script, **changes):
 HALVES = {script: ["--train", "--iters", "30", *SMALL[script], "--device", "cpu", "--conditional"]
           for script in SMALL}  # what two processes do, and one
 HALVES["ddgan"] += ["--pretrain", "10"]
+HALVES["ldm"] += ["--latent", "vq", "--codes", "16"]  # whose use is counted over both
 
 
 def command(script, *given):
