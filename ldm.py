@@ -89,8 +89,8 @@ FLAGS = (Config, flags.Unet, flags.Training, flags.Labels, flags.Guidance)
 RECIPES = {  # by data set: "" is all of them, "pictures" any path; each is laid over those above
     "": dict(width=128, multipliers=(1, 2, 2), blocks=1, attention=(16, 8), heads=4, batch=64,
              lr=5e-4, ema=0.9995, iters=100_000),
-    "mnist": dict(width=64, attention=(), iters=20_000, ema=0.999),
-    "fashion-mnist": dict(width=64, attention=(), iters=20_000, ema=0.999),
+    "mnist": dict(width=64, attention=(7,), iters=20_000, ema=0.999),
+    "fashion-mnist": dict(width=64, attention=(7,), iters=20_000, ema=0.999),
     "cifar10": dict(blocks=2, width_ae=64, batch=128, lr=2e-4, flip=True, iters=300_000,
                     ema=0.9999, warmup=1000),
     "celeba-hq": dict(size=256, f=8, width_ae=64, blocks=2, batch=32, lr=1e-4, ema=0.9999,

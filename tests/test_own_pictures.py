@@ -300,7 +300,8 @@ def test_without_a_gpu_a_folder_gets_what_a_laptop_trains(script, monkeypatch, t
 
     for name in ("mine", "mnist", "cifar10"):
         c = laid(data=name, device="cpu")
-        assert (c.attention, c.blocks) == ((), 1) and c.width <= 32 and c.batch <= 64
+        widest = 48 if script == "ldm" else 32  # on a map of half the side
+        assert (c.attention, c.blocks) == ((), 1) and c.width <= widest and c.batch <= 64
         assert 0 < c.minutes <= 30 and flags.most(c) == 32
         told = flags.full_recipe(c)
         assert "True" not in told and "False" not in told
@@ -370,6 +371,7 @@ def test_a_pace_that_reaches_too_few_updates_is_told(monkeypatch, tmp_path, caps
     c = SimpleNamespace(shape=(3, 64, 64), minutes=1, iters=1000, width=64, batch=64)
     run_ = runs.Run.__new__(runs.Run)
     run_.c, run_.limit, run_.step, run_.seconds = c, 60, 0, 0.0
+    run_.share, run_.only = 1.0, ()
 
     def paced(seconds, updates):
         run_.step, run_.seconds = 0, 0.0
@@ -385,6 +387,11 @@ def test_a_pace_that_reaches_too_few_updates_is_told(monkeypatch, tmp_path, caps
     step, told = paced(0.1, 20)
     assert step == 10 and told == ""
     assert paced(0.4, 20)[0] == 10
+    # a stage that has half of the minutes, and a width of its own
+    run_.share, run_.only, c.width_ae, run_.limit = 0.5, ("width_ae", "batch"), 32, 30
+    _, told = paced(4.0, 20)
+    assert "only 7 updates fit into 0.5 minutes" in told and "--minutes 27" in told
+    assert "--width-ae 16 or --batch 32" in told and "--width 32" not in told
 
 
 def test_the_closing_sheet_takes_a_fifth_of_the_time_at_most(tmp_path, capsys):
