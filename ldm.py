@@ -20,8 +20,7 @@ Digits on two cores of a Xeon: 2.5 minutes, FCD 1.6 (floor 0.16) at 50 steps, on
 little is won; at 64 x 64 a sample costs a thirtieth of ddim.py's (notebook).
 
 Left out of the paper: the perceptual and the adversarial term of the autoencoder's loss. They need
-a network of others' weights and a discriminator; without them fine texture is blurred, the more
-the larger f is.
+a network of others' weights and a discriminator; without them fine texture is blurred.
 """
 import copy
 import shutil
@@ -253,9 +252,10 @@ def train(c):
     data = runs.begin(c)  # sets c.shape, c.labels and the seed
     path, first = c.run / "checkpoint.pt", c.run / "autoencoder"
     closed = path.exists() and not c.fresh
-    with inputs():
-        for file in [path] if closed else [c.init] if c.init else []:
-            of_stage_2(load_checkpoint(file, (c.method,), flags.INIT), file)
+    begins_with = path if closed else c.init  # a checkpoint of both stages, or ""
+    if begins_with:
+        with inputs():
+            of_stage_2(load_checkpoint(begins_with, (c.method,), flags.INIT), begins_with)
     if c.autoencoder:
         ae = borrowed(c, path if closed else None)
     with torch.device("meta"):
