@@ -4,15 +4,21 @@ Rombach et al. 2021 (arXiv:2112.10752). Both are trained here, from nothing.
     encoding   z = mu(x) + exp(l(x) / 2) nu       l: log-variance; or VQ: z(x), its nearest code
                | x - D(z) |^2 + kl KL(q(z | x), N(0, 1))                            (appendix G)
     noising    z_t = signal_t z0 + noise_t eps    z0 = (z - mean) / std, of each channel
-    training   | target - net(z_t, t) |^2         target: eps or v                          (2)
+    training   | target - net(z_t, t, tau(y)) |^2  target: eps or v;  y: words, if any        (2, 3)
     sampling   z0' = p_x z_t + p_out net(z_t, t)  never clipped: latents have no bounds
                z_s = c_x z_t + c_0 z0' + c_n eps  s < t;  at the end x = D(std z0 + mean)
+    editing    z_t0 = signal z0(x) + noise eps    t0 = ceil(strength T), and down from there
+    walking    z' = z + sqrt(2 eta) eps           decoded at each step
 
     python ldm.py --train                         # digits: the autoencoder, then the diffusion
     python ldm.py --sample --steps 20             # a sheet in the run
     python ldm.py --evaluate                      # FCD ... of samples, and of reconstructions
     python ldm.py --encode a.png b.png            # what the autoencoder keeps of pictures
     python ldm.py --train --autoencoder runs/ldm-digits --run runs/another   # stage 2 alone
+    python ldm.py --train --data words            # pictures with captions, 12 minutes
+    python ldm.py --sample --data words --prompt "a bold red seven on blue" --prompt "a small two"
+    python ldm.py --sample --data words --image a.png --strength 0.5   # or --mask b.png: painted in
+    python ldm.py --walk 100 --image a.png        # a GIF
     python ldm.py --train --latent kl --kl 1 --likelihood bernoulli --run runs/vae    # a plain VAE
     python ldm.py --sample --prior --run runs/vae                     # and its own samples
 
@@ -23,7 +29,9 @@ Left out of the paper: the perceptual and the adversarial term of the autoencode
 a network of others' weights and a discriminator; without them fine texture is blurred.
 """
 import copy
+import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import autoencoder, flags, metrics, pictures, processes, runs, sampling, unet
+from common import autoencoder, flags, metrics, pictures, processes, runs, sampling, text, unet
 from common.autoencoder import decoded, encode_all, encoded, latent_shape, measure
-from common.data import POINTS, read_pictures
-from common.draws import CODES, NOISE, POSTERIOR, START, STEP, generator, sample_labels
+from common.data import POINTS, read_edit, read_pictures
+from common.draws import (CODES, NOISE, POSTERIOR, START, STEP, WALK, drop_words, generator,
+                          sample_labels)
 from common.files import inputs, load_checkpoint, stop, written
 from common.flags import option
 from common.progress import progress
@@ -59,11 +68,15 @@ class Config:
     width_ae: int = option(32, "channels of the autoencoder at full resolution, doubled at each "
                            "halving, at most four-fold", low=4, of_model=True)
     blocks_ae: int = option(1, "residual blocks a level of the autoencoder", low=1, of_model=True)
+    consistency: float = option(0.0, "weight of |z - e(D(z))|^2 beside the error: 1 / alpha of the "
+                                "walk's loss", low=0, of_model=True)
     share: float = option(0.3, "of the minutes, for the autoencoder", above=0, high=0.95,
                           needs="minutes")
     autoencoder: str = option("", "take the autoencoder of this run, and train the diffusion alone",
                               idles="share latent f channels kl codes likelihood width_ae "
-                              "blocks_ae")
+                              "blocks_ae consistency")
+    captions: bool = option(False, "learn the words beside pictures too, for --prompt",
+                            of_model=True)
     T: int = option(1000, "steps from data to noise", low=2, of_model=True)
     schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES,
                            of_model=True)
@@ -75,12 +88,28 @@ class Config:
                         "sample evaluate", low=0, high=1)
     prior: bool = option(False, "decode z ~ N(0, 1), as a plain VAE does: the baseline",
                          "sample evaluate", acts=False, idles="steps eta label guidance "
-                         "interpolate encode")
+                         "interpolate encode prompt negative image walk")
     encode: tuple = option((), "pictures to encode and decode again (with no name: eight held-out "
                            "ones); --out .npz has the latents", "sample", part=Path, acts=True,
-                           idles="n steps label guidance interpolate eta")
+                           idles="n steps label guidance interpolate eta prompt negative image "
+                           "walk")
     interpolate: bool = option(False, "eleven steps from each sample's noise to the next one's, a "
-                               "row each", "sample", acts=True, idles="eta")
+                               "row each", "sample", acts=True, idles="eta prompt image walk")
+    prompt: tuple = option((), "what to draw, in words; several --prompt are a row each of --n "
+                           "pictures, 8 by default, or with --walk share its walks", "sample",
+                           part=str, repeated=True, acts=True, needs="captions")
+    negative: str = option("", "what not to draw: words that guidance leads away from, in place of "
+                           "none", "sample evaluate", needs="captions")
+    image: str = option("", "a picture to begin with: changed by --strength, painted in by --mask, "
+                        "walked around by --walk", "sample", acts=True)
+    strength: float = option(0.0, "the share of T down from which --image is drawn anew; default "
+                             "0.6, with --mask 1", "sample", above=0, high=1, needs="image")
+    mask: str = option("", "a picture as large as --image: what is white, or transparent, is "
+                       "painted anew, and black comes back to the byte", "sample", needs="image")
+    walk: int = option(0, "steps of a random walk among the latents, from samples or from --image: "
+                       "a .gif", "sample", above=0, acts=True, idles="strength mask")
+    walk_step: float = option(0.002, "eta of z + sqrt(2 eta) eps, where latents have variance 1",
+                              "sample", above=0, needs="walk")
 
 
 FLAGS = (Config, flags.Unet, flags.Training, flags.Labels, flags.Guidance)
@@ -99,8 +128,12 @@ RECIPES = {  # by data set: "" is all of them, "pictures" any path; each is laid
     # without a GPU what is above is hours; what is below knows a laptop
     "cpu": dict(size=0, f=2, width=48, multipliers=(1, 2), blocks=1, attention=(), width_ae=32,
                 batch=32, lr=1e-3, ema=0.999, warmup=100, iters=100_000, minutes=10),
+    "captions": dict(attention=(8,), guidance=2.0, flip=False),  # "left" is no "right"
     "digits": dict(f=2, channels=2, kl=1e-3, width=48, multipliers=(1, 2), attention=(), batch=64,
                    lr=2e-3, ema=0.995, share=0.15, iters=100_000, minutes=2.5),
+    "words": dict(captions=True, f=2, channels=4, kl=1e-4, schedule="linear", width=48,
+                  multipliers=(1, 2, 2), width_ae=16, batch=32, lr=1.5e-3, ema=0.996, share=0.12,
+                  minutes=12),
     "stacked": dict(f=2, width=64, multipliers=(1, 2, 2), attention=(8,), batch=64, lr=1e-3,
                     ema=0.999, iters=20_000, minutes=0),
 }
@@ -108,7 +141,7 @@ RECIPES = {  # by data set: "" is all of them, "pictures" any path; each is laid
 # ========================================================================================= Notation
 # x (B, C, H, W) pictures in [-1, 1];  z (B, c, h, w) latents, h = H / f;  D: the decoder
 # z0: latents scaled to mean 0 and variance 1 (of --init's data, if given);  z0' (in code z0_) what
-# is predicted;  t (B,) in 1..T
+# is predicted;  t (B,) in 1..T;  tokens (B, L): words as numbers, 0 for none (common/text.py)
 # eps, nu ~ N(0, 1);  signal, noise (T + 1,): sqrt(alpha_bar), sqrt(1 - alpha_bar)
 # tau_1 < ... < tau_K = T: the steps visited; from t = tau_i the next is s = tau_{i-1}, and s = 0,
 # clean latents, at the end;  guess: what the network says of z_t;  v = signal eps - noise z0
@@ -116,18 +149,19 @@ RECIPES = {  # by data set: "" is all of them, "pictures" any path; each is laid
 
 # ======================================================================================= The method
 class LatentDiffusion(nn.Module):
-    """Autoencoder and U-Net: one module, so that one EMA and one checkpoint hold both."""
+    """Autoencoder, U-Net, and the reader of words if any: one module, EMA and checkpoint."""
 
-    def __init__(self, autoencoder, net):
+    def __init__(self, autoencoder, net, text=None):
         super().__init__()
-        self.autoencoder, self.net = autoencoder, net
+        self.autoencoder, self.net, self.text = autoencoder, net, text
 
-    def forward(self, z, time, label=None):
-        return self.net(z, time, label)
+    def forward(self, z, time, label=None, tokens=None):
+        context = None if tokens is None else self.text(tokens)
+        return self.net(z, time, label, context=context)
 
 
 def network(c):
-    """The autoencoder, whose weights stand still, and the network of its latents."""
+    """The autoencoder, whose weights stand still, and the networks of its latents and of words."""
     ae = autoencoder.build(c).eval().requires_grad_(False)
     shape = latent_shape(c)
     least = 2 ** (len(c.multipliers) - 1)
@@ -135,7 +169,14 @@ def network(c):
         stop(f"--f {c.f} leaves {shape[1]} x {shape[1]} latents, and --multipliers of "
              f"{len(c.multipliers)} levels need at least {least} x {least}: give fewer levels, "
              "or a larger --size")
-    return LatentDiffusion(ae, unet.build(c, shape, shape[0]))
+    if not c.captions:
+        return LatentDiffusion(ae, unet.build(c, shape, shape[0]))
+    sides = [-(-shape[1] // 2 ** i) for i in range(len(c.multipliers))]
+    if not {*sides} & {*c.attention}:
+        stop(f"--captions needs maps that attend, and these have sides of {flags.text(sides)}: "
+             f"give --attention {sides[-1]}, or --no-captions")
+    reader = unet.TextEncoder(len(c.vocabulary), c.longest)
+    return LatentDiffusion(ae, unet.build(c, shape, shape[0], context_dim=unet.CONTEXT), reader)
 
 
 def autoencoder_loss(c, ae, x, nu):
@@ -145,6 +186,9 @@ def autoencoder_loss(c, ae, x, nu):
     both divided by its number of values, so that `--kl 1 --likelihood bernoulli` is the negative
     ELBO per value, of pictures made black and white at random by their greys. VQ: the code's error
     and the commitment's are means (van den Oord 2017, eq. 3).
+
+    Consistency is the loss of the walk that this project began with, over alpha: |D(z) - x|^2 +
+    1 / alpha |z - e(D(z))|^2. There it read z = e(x) in place of z, of which its first term is 0.
     """
     mean, logvar = ae.encode(x)
     if c.latent == "kl":
@@ -162,6 +206,10 @@ def autoencoder_loss(c, ae, x, nu):
         error = F.binary_cross_entropy_with_logits(out, (x + 1) / 2)
     else:
         error = (F.l1_loss if c.likelihood == "l1" else F.mse_loss)(out, x)
+    if c.consistency:
+        again, _ = ae.encode(ae.finished(out))
+        parts |= dict(consistency=F.mse_loss(again, z))
+        penalty = penalty + c.consistency * parts["consistency"]
     mse = F.mse_loss(ae.finished(out.detach()), x)
     return error + penalty, parts | dict(mse=mse)
 
@@ -188,45 +236,92 @@ def objective(c, out, z0, eps, signal, noise):
 
 
 # =========================================================================================== Sample
-def few(c):
-    """Steps where none are asked for: all T would take minutes."""
-    return min(50, c.T)
+def few(c, top=None):
+    """Steps where none are asked for: all T would take minutes. top: where they begin."""
+    return min(50, top or c.T)
+
+
+def sample(c, net, first, n, steps=None, label=None, frames=None, z=None, prompt=""):
+    """`steps` of the T steps down, and the decoder: samples first .. first + n - 1 of c.seed.
+
+    label: int64 (n,) or None; prompt: a text, or n of them; frames: a list that receives each
+    step's z0', decoded; z: the noise to start from, instead of the seed's. Returns (n, *c.shape),
+    about in [-1, 1]. Of c are read what the model was trained with; shape, labels, vocabulary,
+    device, precision; and seed, guidance, negative, eta.
+    """
+    z0 = latents(c, net, first, n, steps, label, frames, z, prompt)
+    return decoded(c, net.autoencoder, net.autoencoder.unscaled(z0))
 
 
 @torch.no_grad()
-def sample(c, net, first, n, steps=None, label=None, frames=None, z=None):
-    """`steps` of the T steps down, and the decoder: samples first .. first + n - 1 of c.seed.
+def latents(c, net, first, n, steps=None, label=None, frames=None, z=None, prompt="", known=None,
+            kept=None):
+    """The scaled latents (n, c, h, w) of `sample`, which has the arguments not named here.
 
-    label: int64 (n,) or None; frames: a list that receives each step's z0', decoded; z: the noise
-    to start from, instead of the seed's. Returns (n, *c.shape), about in [-1, 1]. Of c are read
-    what the model was trained with; shape, labels, device, precision; and seed, guidance, eta.
+    known: scaled latents (1, c, h, w) of a picture. They are noised to t0 = ceil(strength T), from
+    where the steps go down; kept: bool (1, 1, h, w), where they stay what they are.
     """
     ae = net.autoencoder
-    steps = steps or few(c)
-    tau = timesteps(c.T, steps)
+    top = c.T if known is None else begins_at(c, kept is not None)
+    steps = steps or few(c, top)
+    tau = timesteps(top, steps)
+    down_to = before(tau)
     table = walk(c, tau).to(c.device)
     tau = tau.to(c.device)
     which = torch.arange(first, first + n, device=c.device)
     seed = torch.tensor(c.seed, device=c.device)
+    tokens, negative = read(c, prompt, n), read(c, c.negative, n)
+    if c.captions and label is None and not prompt and not c.negative:
+        c = copy.copy(c)
+        c.guidance = 1.0  # by nothing: it would cost twice as much
     down = sampling.captured(denoise, c, net)  # on CUDA a graph, replayed
     if z is None:
         z = randn((n, *latent_shape(c)), c.seed, first, stream=START, device=c.device)  # z_T
+    if known is not None:
+        ab, eps = alpha_bar(c.schedule, c.T), z
+        signal, noise = ab.sqrt().float(), (1 - ab).sqrt().float()
+        z = signal[top] * known + noise[top] * eps
     for i in progress(range(steps)[::-1], f"samples {first} to {first + n - 1}"):
-        z, z0_ = down(z, tau[i:i + 1], table[i], seed, which, label)
+        z, z0_ = down(z, tau[i:i + 1], table[i], seed, which, label, tokens, negative)
+        if kept is not None:  # always of the same eps; at s = 0 there is none of it
+            s = down_to[i]
+            z = torch.where(kept, signal[s] * known + noise[s] * eps, z)
         if frames is not None:
             frames.append(decoded(c, ae, ae.unscaled(z0_)).cpu())
-    return decoded(c, ae, ae.unscaled(z))
+    return z
 
 
-def denoise(c, net, z, t, row, seed, which, label):
+def denoise(c, net, z, t, row, seed, which, label, tokens, negative):
     """From z_t to z_s, and z0' on the way: the two sampling lines of this file's head, in one pass.
 
-    t (1,): the step; row (5,): its coefficients; seed () and which (n,): what eps is drawn by.
+    t (1,): the step; row (5,): its coefficients; seed () and which (n,): what eps is drawn by;
+    tokens, negative (n, L): what is asked for, and what stands in its place for guidance.
     """
     given, without = dict(label=label), dict(label=c.labels)
+    if tokens is not None:
+        given, without = dict(tokens=tokens), dict(tokens=negative)
+        if label is not None:
+            given, without = given | dict(label=label), without | dict(label=c.labels)
     out, out_uncond = sampling.guided(c, net, z, t / c.T, given, without)
     return denoise_step(z, out, row, seed, which, t[0], STEP, out_uncond=out_uncond,
                         guidance=c.guidance, clip=False, return_x0=True)
+
+
+def read(c, prompt, n):
+    """The tokens (n, L) of a prompt, or of n of them; None for a model without words.
+
+    ValueError for a word that the model does not know; "" is no word, and none is asked for.
+    """
+    prompts = [prompt] * n if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != n:
+        raise ValueError(f"{len(prompts)} prompts for {n} samples: give one, or one for each")
+    said = sorted({*prompts} - {""})
+    if c.captions:
+        text.readable(said, c.vocabulary, c.longest)
+        return text.numbers(prompts, c.vocabulary, c.longest).to(c.device)
+    if said:
+        raise ValueError(f"prompt {said[0]!r}: this model was trained without --captions")
+    return None
 
 
 def prior(c, net, first, n):
@@ -236,9 +331,11 @@ def prior(c, net, first, n):
 
 
 # ============================================================================================ Train
-OF_AUTOENCODER = ("latent", "f", "channels", "kl", "codes", "likelihood", "width_ae", "blocks_ae")
+OF_AUTOENCODER = ("latent", "f", "channels", "kl", "codes", "likelihood", "width_ae", "blocks_ae",
+                  "consistency")
 OF_STAGE_1 = (*OF_AUTOENCODER, "iters", "minutes", "batch", "lr", "ema", "flip", "warmup", "seed")
 COMMITMENT = 0.25  # beta of VQ, on the term that moves the encoder
+WORDLESS, WORDS_LEFT_OUT = 0.1, 0.4  # captions that say nothing; of the others at most these words
 REVIVE = 100  # updates after which codes that none of them took are set anew
 
 
@@ -249,7 +346,8 @@ def train(c):
     latents under a trained model.
     """
     check(c)
-    data = runs.begin(c)  # sets c.shape, c.labels and the seed
+    data = runs.begin(c)  # sets c.shape, c.labels, c.vocabulary and the seed
+    check_model(c)  # what is to be drawn in the end is not found out after the training
     path, first = c.run / "checkpoint.pt", c.run / "autoencoder"
     closed = path.exists() and not c.fresh
     begins_with = path if closed else c.init  # a checkpoint of both stages, or ""
@@ -371,17 +469,17 @@ def train_diffusion(c, data, ae, share, told):
 
     for step in run:
         if step == run.began + 1:  # once, and here, where its time counts as training
-            known = encode_all(c, ae, data)
+            stored = encode_all(c, ae, data)
 
         # Latents of pictures: a draw of q(z | x), scaled. A tenth of the labels is dropped
         x, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
         nu = randn((len(x), *latent_shape(c)), c.seed, first, step, POSTERIOR, device=c.device)
-        if known is None:
+        if stored is None:
             with torch.no_grad(), flags.autocast(c):
                 h = ae.encoder(x)
         else:
             index, mirrored = run.index(step)
-            h = known[(index + len(data) * mirrored).to(c.device)]
+            h = stored[(index + len(data) * mirrored).to(c.device)]
         z0 = ae.scaled(ae.drawn(h, nu))
 
         # Noised latents
@@ -389,8 +487,13 @@ def train_diffusion(c, data, ae, share, told):
         z_t, eps = add_noise(z0, signal[t], noise[t], c.seed, first, step, NOISE)
 
         # The network's guess, and how far it is off
+        tokens = None
+        if c.captions:
+            index, _ = run.index(step)
+            tokens = data.tokens(index).to(c.device)
+            tokens = drop_words(tokens, c, step, WORDLESS, WORDS_LEFT_OUT)
         with flags.autocast(c):
-            out = f(z_t, t / c.T, label)
+            out = f(z_t, t / c.T, label, tokens)
         loss = objective(c, out, z0, eps, at(signal, t, z0), at(noise, t, z0))
 
         # One step of Adam
@@ -424,7 +527,8 @@ def borrowed(c, own=None):
             raise ValueError(f"{path} was trained on pictures of shape {shape}, and {c.data} has "
                              f"{c.shape}: give the same --size, or another autoencoder")
         for name in OF_AUTOENCODER:
-            value = flags.checked(c.fields[name], saved["config"].get(name), path)
+            value = saved["config"].get(name, flags.default(c, name))  # a flag may be younger
+            value = flags.checked(c.fields[name], value, path)
             if name in c.given and getattr(c, name) != value:
                 raise ValueError(f"--{name.replace('_', '-')} {flags.text(getattr(c, name))} is "
                                  f"not what --autoencoder has, {flags.text(value)}: leave it out")
@@ -435,6 +539,74 @@ def borrowed(c, own=None):
                  if name.startswith("autoencoder.")}
         runs.load_states(dict(autoencoder=whole or weights), path, autoencoder=ae)
     return ae.to(c.device).eval().requires_grad_(False)
+
+
+# ============================================================================================ Edit
+def begins_at(c, masked):
+    """t0: the step that a picture is noised to, ceil(strength T)."""
+    strength = c.strength or (1.0 if masked else 0.6)
+    return max(1, math.ceil(round(strength * c.T, 6)))  # 0.07 * 100 is 7.000000000000001
+
+
+def edit(c, net, x, painted, first, n, steps=None, label=None, frames=None, prompt=""):
+    """Samples that begin with a picture x (1, C, H, W): (n, *c.shape), of `steps` evaluations.
+
+    painted: bool (1, 1, H, W), what is painted anew, or None. The rest comes back as it is in x,
+    and on the way down the latents of which no pixel is painted are the picture's own, noised.
+    """
+    ae = net.autoencoder
+    known, kept = ae.scaled(encoded(c, ae, x)), None
+    if painted is not None:
+        kept = ~(F.max_pool2d(painted.float(), c.f) > 0)
+    seen = None if frames is None else []
+    z0 = latents(c, net, first, n, steps, label, seen, None, prompt, known, kept)
+    y = decoded(c, ae, ae.unscaled(z0))
+    if painted is None:
+        painted = torch.ones_like(x[:, :1], dtype=torch.bool)
+    if frames is not None:
+        frames.extend(torch.where(painted.cpu(), frame, x.cpu()) for frame in seen)
+    return torch.where(painted, y, x)
+
+
+def begun(c):
+    """--image as (1, C, H, W), and --mask as bool (1, 1, H, W); None where they are not given."""
+    if not c.image:
+        return None, None
+    with inputs():
+        x, painted = read_edit(c.image, c.mask, c.shape)
+    return x.to(c.device), None if painted is None else painted.to(c.device)
+
+
+# ============================================================================================ Walk
+def wander(c, net, z):
+    """--walk steps z_{t+1} = z_t + sqrt(2 eta) eps among latents z (n, c, h, w), scaled.
+
+    Yields z itself and then each step, decoded: (n, *c.shape). After t steps the variance about the
+    start is 2 eta t.
+    """
+    for step in range(c.walk + 1):
+        if step:
+            eps = randn(z.shape, c.seed, 0, step, WALK, device=c.device)
+            z = z + math.sqrt(2 * c.walk_step) * eps
+        yield decoded(c, net.autoencoder, net.autoencoder.unscaled(z))
+
+
+def show_walk(c, net):
+    """--walk as a .gif: --n walks beside each other, from samples or all from one picture."""
+    n = c.n or 16
+    if c.image:
+        x, _ = begun(c)
+        z = net.autoencoder.scaled(encoded(c, net.autoencoder, x)).expand(n, -1, -1, -1)
+    else:
+        prompts = [c.prompt[i % len(c.prompt)] for i in range(n)] if c.prompt else ""
+        z = latents(c, net, 0, n, c.steps, sample_labels(c, n, c.label), prompt=prompts)
+    frames = [x.cpu() for x in progress(wander(c, net, z), "walking", total=c.walk + 1)]
+    if not frames[-1].isfinite().all():
+        stop(f"--walk-step {c.walk_step} leaves what numbers can hold: give a smaller one")
+    with inputs():
+        path = pictures.save(c.out or c.run / "walk.gif", frames[-1], frames=frames)
+    print(f"{n} walks of {c.walk} steps, to a variance of {2 * c.walk_step * c.walk:.3g} about "
+          f"where they began (latents have 1): {path}")
 
 
 # ============================================================================= Encode, interpolate
@@ -506,19 +678,6 @@ def interpolated(c, net, n, steps):
         print(pictures.save(path, torch.stack(columns, 1).flatten(0, 1), columns=11))
 
 
-def judge_reconstructions(c, net):
-    """What the autoencoder alone costs: error and FCD of held-out pictures, decoded again."""
-    test = runs.load_data(c, "test")
-    x, _ = test.batch(metrics.choice(len(test), 1000), c.device)
-    again = reconstructed(c, net.autoencoder, x)
-    result = {"reconstruction error": F.mse_loss(again, x).item()}
-    with inputs():
-        distance = metrics.fcd(c, pictures.to_uint8(again.cpu()))
-    if distance is not None:
-        result["reconstructions' FCD"] = distance
-    return result
-
-
 # ============================================================================================= Main
 def of_stage_2(saved, path):
     """ValueError where the checkpoint `saved`, read from `path`, holds an autoencoder alone."""
@@ -535,7 +694,7 @@ def check(c):
     for name, kind in (("kl", "kl"), ("codes", "vq")):
         if name in c.given and c.latent != kind:
             stop(f"--{name} does nothing with --latent {c.latent}: leave it out")
-    brought = sorted(c.given & {"autoencoder", "kl", "likelihood", "share"})
+    brought = sorted(c.given & {"autoencoder", "kl", "likelihood", "share", "consistency"})
     if c.init and brought:
         stop(f"--init brings a trained autoencoder: leave out --{brought[0]}")
     if c.autoencoder and Path(c.autoencoder).resolve() == c.run.resolve():
@@ -544,6 +703,34 @@ def check(c):
         stop("--prior needs a model trained with --latent kl: codes have no prior")
     if c.prior and "encode" in c.given:
         stop("--encode does nothing with --prior: leave it out")
+    if c.walk and c.out and not c.out.endswith(".gif"):
+        stop(f"--out {c.out}: --walk writes a .gif")
+    of_samples = sorted(c.given & {"prompt", "negative", "steps", "eta", "guidance", "label"})
+    if c.walk and c.image and of_samples:
+        stop(f"--{of_samples[0]} does nothing where --walk begins at --image: leave it out")
+    many = c.n * max(1, len(c.prompt))
+    if many > 256 and (c.walk or c.out.endswith(".gif")):
+        stop(f"{many} samples: a .gif shows at most 256")
+    if c.negative and c.guidance == 1:
+        stop("--negative does nothing without --guidance: give --guidance 2, say")
+    missing = [path for path in (c.image, c.mask) if path and not Path(path).is_file()]
+    if missing:
+        stop(f"{missing[0]} is not there: give a picture file")
+
+
+def check_model(c):
+    """Stop for what the flags cannot mean with the model that they are for."""
+    negative = [c.negative] if "negative" in c.given else []
+    with inputs():
+        text.readable(c.prompt, c.vocabulary, c.longest, "--prompt")
+        text.readable(negative, c.vocabulary, c.longest, "--negative")
+    if c.image and not c.walk and c.steps > begins_at(c, c.mask):
+        strength = f"--strength {c.strength}" if c.strength else "its strength"
+        stop(f"--steps {c.steps}: {strength} leaves {begins_at(c, c.mask)} of T = {c.T} steps: "
+             "give fewer, or more --strength")
+    asked = c.prompt or c.negative or c.label or c.labels or c.evaluate
+    if "guidance" in c.given and c.captions and c.guidance != 1 and not asked:
+        stop("--guidance does nothing without --prompt or --negative: leave it out")
     if "encode" in c.given and c.out and Path(c.out).suffix not in (".png", ".npz"):
         stop(f"--out {c.out}: --encode writes a .png or an .npz")
 
@@ -560,6 +747,66 @@ def load(checkpoint="", *, parsed=None, **given):
     return c, runs.restored(c, network(c), saved)
 
 
+def show_samples(c, net):
+    """--sample: a sheet, or what --out says; of several prompts a row each, of the same noise."""
+    x, painted = begun(c)
+    steps = 0 if c.prior else c.steps or few(c, begins_at(c, c.mask) if c.image else c.T)
+    many = (c.n or 8) if c.prompt or c.image else c.sheet
+    draw = sampling.Draw(c, many, c.label)
+    if c.prompt and not c.label:
+        draw.label = None  # the words say which
+    for prompt in c.prompt or ("",):
+        for first, n, label in draw:
+            if c.prior:
+                draw.keep(prior(c, net, first, n))
+            elif c.image:
+                draw.keep(edit(c, net, x, painted, first, n, steps, label, draw.frames, prompt))
+            else:
+                draw.keep(sample(c, net, first, n, steps, label, draw.frames, prompt=prompt))
+    draw.save(steps, "edit.png" if c.image else "samples.png", many if c.prompt else None)
+
+
+def judge(c, net):
+    """--evaluate. A model that reads captions is asked for what held-out pictures show."""
+    metrics.prepare(c)
+    many, steps = c.n or 1000, 0 if c.prior else c.steps or few(c)
+    captions = held_out_captions(c, many) if c.captions and not c.prior else None
+    if captions:
+        print("each sample is asked for by the caption of a held-out picture", file=sys.stderr)
+    draw = sampling.Draw(c, many)
+    for first, n, label in draw:
+        if c.prior:
+            draw.keep(prior(c, net, first, n))
+        elif captions:
+            draw.keep(sample(c, net, first, n, steps, prompt=captions[first:first + n]))
+        else:
+            draw.keep(sample(c, net, first, n, steps, label))
+    result = metrics.judge(c, draw, steps) | judge_reconstructions(c, net)
+    if captions and c.name == "words":
+        result |= metrics.as_asked(c, draw.samples(), captions)
+    metrics.write_result(c, result)
+
+
+def held_out_captions(c, n):
+    """n captions of held-out pictures, always the same; each again where they are fewer."""
+    test = runs.load_data(c, "test")
+    chosen = metrics.choice(len(test), n).tolist()
+    return [test.caption(chosen[i % len(chosen)]) for i in range(n)]
+
+
+def judge_reconstructions(c, net):
+    """What the autoencoder alone costs: error and FCD of held-out pictures, decoded again."""
+    test = runs.load_data(c, "test")
+    x, _ = test.batch(metrics.choice(len(test), 1000), c.device)
+    again = reconstructed(c, net.autoencoder, x)
+    result = {"reconstruction error": F.mse_loss(again, x).item()}
+    with inputs():
+        distance = metrics.fcd(c, pictures.to_uint8(again.cpu()))
+    if distance is not None:
+        result["reconstructions' FCD"] = distance
+    return result
+
+
 def main():
     c = flags.parse("ldm", FLAGS, RECIPES, __doc__)
     check(c)
@@ -569,29 +816,17 @@ def main():
         return
     c, net = load(parsed=c)
     check(c)
-    steps = 0 if c.prior else c.steps or few(c)
-
-    def samples(first, n, label, frames=None):
-        if c.prior:
-            return prior(c, net, first, n)
-        return sample(c, net, first, n, steps, label, frames)
-
+    check_model(c)
     if "encode" in c.given:
         show_encoded(c, net)
     elif c.interpolate:
-        interpolated(c, net, c.n or 8, steps)
+        interpolated(c, net, c.n or 8, c.steps or few(c))
+    elif c.walk:
+        show_walk(c, net)
     elif c.sample:
-        draw = sampling.Draw(c, c.sheet, c.label)
-        for first, n, label in draw:
-            draw.keep(samples(first, n, label, draw.frames))
-        draw.save(steps)
+        show_samples(c, net)
     if c.evaluate:
-        metrics.prepare(c)
-        draw = sampling.Draw(c, c.n or 1000)
-        for first, n, label in draw:
-            draw.keep(samples(first, n, label))
-        result = metrics.judge(c, draw, steps)
-        metrics.write_result(c, result | judge_reconstructions(c, net))
+        judge(c, net)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from common import text, words
 from common.progress import progress
 
-VERSION = 2  # of the cache's format and of the drawing: raise it when either changes
+VERSION = 3  # of the cache's format and of the drawing: raise it when either changes
 SMALLEST = 256  # hashes by which a set is known again
 LARGEST = 1 << 28  # bytes of one file in an archive; a larger one is not read
+MOST_TEXT = 1 << 20  # bytes of a caption's file
 MOST_PIXELS = 178_956_970  # of one picture, Pillow's limit: decoded, in colour, 540 MB
 DRAFT = 20_000_000  # pixels from which on a JPEG is decoded at an eighth to a half of its side
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
@@ -46,7 +48,8 @@ CLUTTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind
 # Pillow's others are rare, or programs (EPS)
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO TGA".split()
 
-NAMED = ("digits", "stacked", "swirl", "gaussians", "mnist", "fashion-mnist", "cifar10")
+NAMED = ("digits", "stacked", "words", "swirl", "gaussians", "mnist", "fashion-mnist",
+         "cifar10")
 POINTS = ("swirl", "gaussians")  # the others are pictures
 
 # 25 Gaussians: a 5 x 5 grid of spacing 2 and sigma 0.05 divided by 4.5, so that all of it lies in
@@ -105,6 +108,9 @@ class Dataset:
     left_out: dict = dataclasses.field(default_factory=dict)  # reason: how many files
     held_out: int = 0  # pictures of the source's other split
     capped: bool = False  # the side is `most`, and the pictures' own is another
+    captions: torch.Tensor | None = None  # (N, L) numbers of words, as common/text.py has them
+    vocabulary: list = dataclasses.field(default_factory=list)  # of the captions to train with
+    captions_hash: int = 0  # of both splits
 
     def __len__(self):
         return len(self.labels)
@@ -137,18 +143,31 @@ class Dataset:
             line += f"; classes {', '.join(each[:10])}{more}"
             without = int((self.labels < 0).sum())
             line += f", none {without:,}" if without else ""
+        if self.captions is not None:
+            said = int((self.captions > 0).any(1).sum())
+            line += f"; captions beside {said:,}, of {len(self.vocabulary):,} different words"
         return line + (f"; left out: {told(self.left_out)}" if self.left_out else "")
 
     def content(self):
         """What tells this set from others, whatever it is called and whichever split it is.
 
         The sum of the hashes of both, how many there are, and the smallest, by which it is found
-        again in a set that has grown. None for the sets that have a name of their own.
+        again in a set that has grown; and a hash of the captions, if any. None for the sets that
+        have a name of their own.
         """
         if self.name in NAMED or self.hashes is None:
             return None
-        return dict(sum=int(self.hashes.sum()), pictures=len(self.hashes),
-                    smallest=self.hashes.sort().values[:SMALLEST].tolist())
+        content = dict(sum=int(self.hashes.sum()), pictures=len(self.hashes),
+                       smallest=self.hashes.sort().values[:SMALLEST].tolist())
+        return content | (dict(captions=self.captions_hash) if self.vocabulary else {})
+
+    def tokens(self, index):
+        """The captions of index (B,) int64 as numbers of words: int64 (B, L)."""
+        return self.captions[index].long()
+
+    def caption(self, i):
+        """The caption of picture i, its words alone."""
+        return text.sentence(self.captions[i], self.vocabulary)
 
     def levels(self, share=0.999, most=2000):
         """How few of the 256 levels hold that share of the values; looks at 2,000 pictures."""
@@ -207,8 +226,35 @@ def load(name, root="data", size=None, classes=None, split="train", seed=0, most
     else:
         part = images[rows]  # a copy, only where classes do not touch
     hashes = _of_class(hashes, labels, kept)[of_classes]
+    captions = _captions(name, about, of_classes, splits == 0, rows, hashes)
     return Dataset(name, part, None, labels[rows], kept, tuple(images.shape[1:]), hashes,
-                   about["left_out"], len(hashes) - len(rows), about["capped"])
+                   about["left_out"], len(hashes) - len(rows), about["capped"], *captions)
+
+
+def _captions(name, about, kept, of_training, rows, hashes):
+    """Dataset's captions, vocabulary and captions_hash; kept, of_training: bool (N,).
+
+    hashes: of the kept pictures. Only words that are read in training are in the vocabulary, and
+    the longest of these captions says how many a caption has.
+    """
+    captions = about["captions"]
+    if captions is None:
+        return None, [], 0
+    read = captions[kept & of_training]
+    used = read.unique()
+    used = used[used > 0]
+    if not len(used):
+        return None, [], 0
+    number = torch.zeros(1 + len(about["vocabulary"]), dtype=torch.int32)
+    number[used.long()] = torch.arange(1, 1 + len(used), dtype=torch.int32)
+    longest = int((read > 0).sum(1).max())
+    hashed = 0  # the sum over pictures, wherever they are and whatever they are called
+    if name not in NAMED:
+        for number_of_file, row in zip(hashes.tolist(), captions[kept]):
+            said = f"{number_of_file} {text.sentence(row, about['vocabulary'])}"
+            hashed += _hash(said.encode())
+    vocabulary = [about["vocabulary"][i - 1] for i in used.tolist()]
+    return number[captions[rows, :longest].long()], vocabulary, hashed
 
 
 def changed(known, dataset):
@@ -217,8 +263,14 @@ def changed(known, dataset):
     Nothing either where one of them has none: named sets, and runs of before it was kept.
     """
     now = dataset.content()
-    if not isinstance(known, dict) or not now or known == now:
+    if not isinstance(known, dict) or not now:
         return ""
+    if "captions" not in known:  # the run learns none
+        now.pop("captions", None)
+    if known == now:
+        return ""
+    if known | dict(captions=None) == now | dict(captions=None):
+        return "other captions"
     more = now["pictures"] - int(known.get("pictures", 0))
     if more > 0 and {*known.get("smallest", [None])} <= {*dataset.hashes.tolist()}:
         return f"the same data before {more:,} pictures were added"
@@ -247,8 +299,8 @@ def judgeable(dataset, n):
 
 def _of_class(hashes, labels, names):
     """The hashes of files (N,), int64, changed by the name of each one's class."""
-    words = [_hash(name.encode()) for name in names] + [0]
-    return hashes ^ torch.tensor(words, dtype=torch.int64)[labels]
+    of_names = [_hash(name.encode()) for name in names] + [0]
+    return hashes ^ torch.tensor(of_names, dtype=torch.int64)[labels]
 
 
 def _hash(content):
@@ -262,6 +314,9 @@ def _source(name, root, size, seed, most=64):
     path = Path(name).resolve()
     if name == "digits":
         return _cached(root, name, drawn, lambda _: (*_draw_digits(*drawn), None, DIGITS))
+    if name == "words":
+        drawn = (size or 32, seed)
+        return _cached(root, name, drawn, lambda _: _draw_words(*drawn))
     if name == "stacked":
         return _cached(root, name, drawn,
                        lambda _: _stack(*_source("digits", root, *drawn)[:3], seed))
@@ -275,8 +330,8 @@ def _source(name, root, size, seed, most=64):
         raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
     else:
         files = [path]
-        if path.is_dir():  # the pictures alone: runs and the cache itself may lie in it
-            files = [path / f for f, *_ in _walk(path) if _parts(f)]
+        if path.is_dir():  # pictures and captions alone: runs and the cache may lie in it
+            files = [path / f for f, *_ in _walk(path) if _parts(f) or _captioned(f)]
         base, called, key = path, title(path), (str(path), size or f"at most {most}")
     stamp = [(os.path.relpath(f, base), f.stat().st_size, f.stat().st_mtime_ns)
              for f in files if f.exists()]
@@ -314,9 +369,10 @@ def _cached(root, name, key, make):
     It is first made where it is missing. make(folder) returns images uint8 (N, C, H, W), labels
     (-1: none), splits (1: test; None: hold out a tenth) and names, and of files a dict beside: at
     (N,), their places among the images; called (N,), their names, by which they are put in order;
-    hashes (N,); left_out, by reason; capped. about has these two, the classes, and the side. All
-    is written to that temporary folder first and then moved to its place: two that make one set at
-    once do not disturb each other.
+    hashes (N,); left_out, by reason; capped; captions (N,), texts, if there are any. about has
+    left_out, capped, the classes, the side, and of captions the vocabulary and their words as
+    numbers in it (N, L). All is written to that temporary folder first and then moved to its place:
+    two that make one set at once do not disturb each other.
     """
     import numpy as np
     folder = _folder(root, name, key)
@@ -330,7 +386,8 @@ def _cached(root, name, key, make):
             n = len(labels)
             places, rank = np.arange(n), np.arange(n)
             about = dict(classes=list(names), side=images.shape[-1], left_out={}, capped=False)
-            if of_files:
+            captions = of_files[0].get("captions") if of_files else None
+            if of_files and "hashes" in of_files[0]:
                 hashes = of_files[0]["hashes"]
                 about |= {name: of_files[0][name] for name in ("left_out", "capped")}
                 places = np.asarray(of_files[0]["at"])
@@ -350,6 +407,12 @@ def _cached(root, name, key, make):
             np.save(new / "labels.npy", np.asarray(labels, np.int64)[order])
             np.save(new / "splits.npy", np.asarray(splits, np.uint8)[order])
             np.save(new / "hashes.npy", np.asarray(hashes, np.int64)[order])
+            if captions:
+                about["vocabulary"] = text.vocabulary_of(captions)
+                most = max(len(text.words_of(caption)) for caption in captions)
+                longest = min(text.LONGEST, most)
+                tokens = text.numbers(captions, about["vocabulary"], longest)
+                np.save(new / "captions.npy", tokens.int().numpy()[order])
             (new / "about.json").write_text(json.dumps(about))
             del images  # Windows removes no file that is mapped
             with contextlib.suppress(OSError):  # another process was first
@@ -360,6 +423,9 @@ def _cached(root, name, key, make):
     labels, splits, hashes = (torch.from_numpy(np.load(folder / f"{what}.npy"))
                               for what in ("labels", "splits", "hashes"))
     about = json.loads((folder / "about.json").read_text())
+    about["captions"] = None
+    if "vocabulary" in about:
+        about["captions"] = torch.from_numpy(np.load(folder / "captions.npy"))
     return images, labels, splits, hashes, about
 
 
@@ -422,6 +488,12 @@ def _draw_digits(size, seed, count=20_000):
         large = glyphs[g].transform((k, k), Image.AFFINE, numbers, Image.BILINEAR)
         drawn.append(np.asarray(large.reduce(k // size)))
     return np.stack(drawn)[:, None], labels
+
+
+def _draw_words(size, seed):
+    """What _cached wants of the set `words`."""
+    images, labels, captions = words.draw(size, seed)
+    return images, labels, None, words.ATTRIBUTES["digit"], dict(captions=captions)
 
 
 def _stack(digits, labels, splits, seed):
@@ -643,6 +715,24 @@ def _unzipped(archive, info):
             from None
 
 
+def _captioned(name):
+    """Of a caption's file, `name.txt` as people keep it beside `name.png`, the name; else ""."""
+    ending = PurePosixPath(name).suffix
+    return "/".join(_visible(name)).removesuffix(ending) if ending.lower() == ".txt" else ""
+
+
+def _caption(content):
+    """The text of a caption's file, and how many lines with words are left out: the first is read.
+
+    It is UTF-8, UTF-16 with its mark, or else Latin-1.
+    """
+    for encoding in ("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig",
+                     "latin-1"):
+        with contextlib.suppress(UnicodeError):
+            lines = [line for line in content.decode(encoding).splitlines() if text.words_of(line)]
+            return (lines[0], len(lines) - 1) if lines else ("", 0)
+
+
 def _parts(name):
     """The folders and the name of a picture file.
 
@@ -696,14 +786,23 @@ def _opening():
         raise Unread("that cannot be opened") from None
 
 
-def _pictures(path, text, left_out, root, shut=None):
+def _pictures(path, what, left_out, root, shut=None, captions=None):
     """(parts of the name, opened PIL picture, hash of the file) of every picture file.
 
     What is left out is counted in left_out, by its reason; the caller counts what it cannot decode.
+    captions: a dict that receives the texts beside pictures, by the files' names without endings.
     """
-    files, ours = progress(_walk(path, shut), text, unit=" files"), _ours(path, root)
+    files, ours = progress(_walk(path, shut), what, unit=" files"), _ours(path, root)
     for name, size, read in files:
         parts = _parts(name)
+        if captions is not None and _captioned(name) and 0 < size < MOST_TEXT:
+            try:
+                captions[_captioned(name)], rest = _caption(read())
+            except Exception:  # an archive may be damaged just here
+                left_out[".txt that cannot be read"] += 1
+            else:
+                left_out["captions' further lines"] += rest
+            continue
         if not parts:
             if _visible(name) and not name.startswith(ours):
                 ending = PurePosixPath(name).suffix.lower()
@@ -777,9 +876,10 @@ def _read_path(path, folder, size, most, root):
     if size < 4:
         raise ValueError(f"--data {path}: pictures of {size} pixels are too small; give --size")
     rows, hashes, left_out, shut = [], [], collections.Counter(), []
+    written_beside = {}
     with open(folder / "raw", "wb") as raw:
         for parts, picture, number in _pictures(path, f"reading {path.name}", left_out, root,
-                                                shut):
+                                                shut, written_beside):
             try:
                 pixels = _pixels(picture, size, grey).tobytes()
             except MemoryError:
@@ -796,13 +896,24 @@ def _read_path(path, folder, size, most, root):
     if not rows:
         why = f" ({told(left_out)})" if left_out else ""
         raise ValueError(f"--data {path}: no picture in it can be read{why}")
+    stems = ["/".join(parts).removesuffix(PurePosixPath(parts[-1]).suffix) for parts in rows]
+    captions = [written_beside.get(stem, "") for stem in stems]
+    alone = len(written_beside.keys() - {*stems})
+    if alone:
+        left_out[".txt without a picture of that name"] += alone
+    cut = sum(len(text.words_of(caption)) > text.LONGEST for caption in captions)
+    if cut:
+        left_out[f"captions' words after the first {text.LONGEST}"] += cut
     rows, own, splits, kept = _classes(rows, left_out)
     names = sorted({*own} - {""})
     number = {c: i for i, c in enumerate(names)}
     images = np.memmap(folder / "raw", np.uint8, "r",
                        shape=(len(hashes), 1 if grey else 3, size, size))
-    files = dict(at=kept, called=rows, hashes=[hashes[i] for i in kept], left_out=dict(left_out),
+    left_out = {why: many for why, many in left_out.items() if many}
+    files = dict(at=kept, called=rows, hashes=[hashes[i] for i in kept], left_out=left_out,
                  capped=capped)
+    if any(captions):
+        files["captions"] = [captions[i] for i in kept]
     return images, [number.get(c, -1) for c in own], splits, names, files
 
 
@@ -873,3 +984,39 @@ def read_pictures(paths, shape):
         except Exception:  # as above
             raise ValueError(f"{path} is not a picture that can be read") from None
     return torch.stack(pictures).float().div(127.5).sub(1)
+
+
+def read_edit(image, mask, shape):
+    """A picture file as (1, C, H, W) in [-1, 1], and its part under a mask's white: (1, 1, H, W).
+
+    The picture is made shape (C, H, H) as a data set's are, which is said where that changes it,
+    and the mask, as large as the picture's file, with it; "" is no mask, and then None. White is
+    what is lighter than the middle grey. ValueError of one line for what cannot be read, a mask of
+    another size, or one without white.
+    """
+    x = read_pictures([image], shape)
+    width, height, mode = _form(image)
+    channels, side, _ = shape
+    own = "L" if channels == 1 else "RGB"
+    white = read_pictures([mask], (1, side, side)) > 0 if mask else None
+    if mask:
+        wide, high, _ = _form(mask)
+        if (wide, high) != (width, height):
+            raise ValueError(f"--mask {mask} is {wide} x {high}, and --image {image} is {width} x "
+                             f"{height}: give a mask of the picture's size")
+        if not white.any():
+            raise ValueError(f"--mask {mask} has no white where the picture is: nothing would be "
+                             "painted")
+    if (width, height, mode) != (side, side, own):
+        print(f"{image}, {width} x {height} {mode}: its centre becomes {side} x {side} {own}, as "
+              "the data's", file=sys.stderr)
+    return x, white
+
+
+def _form(path):
+    """Width, height and mode ("L", "RGB", ...) of a picture file that can be read, upright."""
+    from PIL import ImageOps
+    with _open(path) as picture:
+        with contextlib.suppress(Exception):  # as in _pixels
+            picture = ImageOps.exif_transpose(picture)
+        return *picture.size, picture.mode

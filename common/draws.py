@@ -12,7 +12,8 @@ from common.files import stop
 from common.processes import rank, world
 
 # Training and sampling never share a stream.
-(ORDER, FLIP, TIME, NOISE, DROP, START, STEP, JUDGE, VISIT, POSTERIOR, CODES) = range(11)
+(ORDER, FLIP, TIME, NOISE, DROP, START, STEP, JUDGE, VISIT, POSTERIOR, CODES, WORDS,
+ WALK) = range(13)
 
 BELOW_1 = 1 - 2 ** -24  # the largest float32 below 1: what is drawn in [0, 1) stays there
 
@@ -80,6 +81,21 @@ def drop_labels(label, c, step, share):
     u = torch.rand(c.batch, generator=generator(c.seed, DROP, step))[part(c.batch)]
     dropped = (u < share).to(label.device)
     return torch.where(dropped | (label < 0), c.labels, label)
+
+
+def drop_words(tokens, c, step, share, most):
+    """This process's captions (b, L), of which a share says nothing and the others say less.
+
+    Of each caption a rate is drawn in [0, most], and each word is left out at that rate; those
+    after it move up. So a model also learns what a few words mean. Drawn for update `step`.
+    """
+    draw = generator(c.seed, WORDS, step)
+    whole, rate = torch.rand((2, c.batch, 1), generator=draw)
+    word = torch.rand((c.batch, tokens.shape[1]), generator=draw)
+    dropped = ((whole < share) | (word < most * rate))[part(c.batch)].to(tokens.device)
+    tokens = tokens.masked_fill(dropped, 0)
+    order = (tokens == 0).int().argsort(dim=1, stable=True)  # what is left comes first
+    return tokens.gather(1, order)
 
 
 def sample_labels(c, n, label=""):

@@ -82,6 +82,9 @@ def load_checkpoint(path, methods, otherwise="train first (--train), or give --c
             raise ValueError("shape")
         if not all(isinstance(n, int) and n > 0 for n in data["shape"]):
             raise ValueError("shape")
+        words, longest = data.get("vocabulary", []), data.get("longest", 0)
+        if not all(isinstance(word, str) for word in words) or not 0 <= longest < 1 << 20:
+            raise ValueError("words")
         data | saved["config"] | dict(classes=sorted(data["classes"]))  # all of them what they seem
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: {otherwise}") from None

@@ -37,18 +37,20 @@ KINDS = {int: ("N", "a whole number"), float: ("X", "a number"),
 
 # --------------------------------------------------------------------------------- declarations
 def option(default, help, use="train", low=None, high=None, above=None, choices=None, part=int,
-           acts=False, needs="", idles="", one_for_each="", of_pictures=False, of_model=False,
-           fp32=()):
+           repeated=False, acts=False, needs="", idles="", one_for_each="", of_pictures=False,
+           of_model=False, fp32=()):
     """A field of a dataclass that is a flag too.
 
     use: the actions that read it; given without one of these, it is an error. What --train reads
     belongs to the model: a checkpoint keeps it.
     low, high: bounds that are allowed, and above: one that is not; high may name another flag,
     which sets no bound where it is 0.
-    part: of a tuple given as a,b,c; Path: any number of files.
+    part: of a tuple given as a,b,c; Path: any number of files. repeated: of a tuple whose parts
+    are given one by one, by as many of the flag.
     acts: given alone, such a flag asks for --sample.
     needs: flags that must not be off (False, empty, or at their low bound) for this one to do
-    anything; idles: flags that do nothing beside this one. Given all the same, they are an error.
+    anything, a|b for one of the two; idles: flags that do nothing beside this one. Given all the
+    same, they are an error.
     one_for_each: a flag that says how many numbers a tuple has, if not none.
     of_pictures: an error with points. of_model: --init takes it from the file, since the weights
     there mean nothing without it. fp32: values for which bf16 is too coarse.
@@ -125,7 +127,7 @@ class Labels:
 class Guidance:
     """Without a classifier (Ho 2022): a tenth of the labels is dropped in training."""
     guidance: float = option(1.0, "classifier-free guidance: eps + (w - 1)(eps - eps without "
-                             "label)", "sample evaluate", low=0, needs="conditional")
+                             "label)", "sample evaluate", low=0, needs="conditional|captions")
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -201,6 +203,8 @@ def _parser(method, fields, recipes, doc):
         help = m["help"] + (f" ({shown})" if shown else "")
         if m["part"] is Path:
             more = dict(nargs="*", metavar="FILE")
+        elif m["repeated"]:
+            more = dict(action="append", type=m["part"], metavar="TEXT")
         elif kind is bool:
             more = dict(action=argparse.BooleanOptionalAction if values else "store_true")
         elif m["choices"]:
@@ -222,8 +226,8 @@ def _lay(method, groups, recipes, given):
         "init"          a circumstance: where that flag is given at all
     A value may be a function of all the others. Given --iters or --minutes replace both of the
     data's. Also set: method, name (of the data), fields (the declared ones), given (their names),
-    defaults (of the options and row ""), sheet (samples to draw; 0: as many as fit the data), text
-    (the script's own), instead (what the row "cpu" changed: the values without it).
+    defaults (of the options and row ""), recipes, sheet (samples to draw; 0: as many as fit the
+    data), text (the script's own), instead (what the row "cpu" changed: the values without it).
 
     What "cpu" sets is taken from the run's own checkpoint where there is one (iters and minutes,
     where they are the full recipe's): so a run keeps its network and its pictures' size when it
@@ -261,7 +265,7 @@ def _lay(method, groups, recipes, given):
             circumstances.append(row)
     worth = dict.fromkeys(ACTIONS, False) | laid(circumstances)
     vars(c).update({name: value for name, value in worth.items() if name != "run"})
-    c.defaults, c.chosen = defaults, worth["classes"]
+    c.defaults, c.chosen, c.recipes = defaults, worth["classes"], recipes
     full = laid([row for row in circumstances if row != "cpu"])
     if ends and ends == [full["iters"], full["minutes"]] and not replaced:
         c.iters, c.minutes = ends  # it began where there was a GPU, and had all that time
@@ -375,6 +379,18 @@ def _worth(c, name, value):
     return value if name == "run" or isinstance(value, kind) else kind(value)
 
 
+def brought(c):
+    """Set what rows of RECIPES say of flags that only sampling reads, where the model makes them.
+
+    Such a row bears the name of a flag that the checkpoint's model has: the data, whose row may
+    have set it in training, need not be named again to sample.
+    """
+    for row, changes in c.recipes.items():
+        for name, value in changes.items() if row in c.fields and getattr(c, row) else ():
+            if "train" not in c.fields[name].metadata["use"] and name not in c.given:
+                setattr(c, name, _worth(c, name, value))
+
+
 def default(c, name):
     """What a flag is worth where nothing is said: by row "" of RECIPES, or by its option."""
     return _worth(c, name, c.defaults[name])
@@ -392,7 +408,8 @@ def values(c):
 
     The seed is left out, which is a tensor among a graph's arguments, and where things are kept.
     """
-    left_out = {"seed", "n", "sheet", "out", "run", "checkpoint", "fresh", "init", "text", *ACTIONS}
+    left_out = {"seed", "n", "sheet", "out", "run", "checkpoint", "fresh", "init", "text",
+                "vocabulary", *ACTIONS}
     plain = (int, float, str, tuple, type(None))  # bool is an int; other objects are not seen
     found = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(c).items() if name not in left_out}
@@ -416,13 +433,15 @@ def rules(c):
     for name in sorted(c.given):
         m = c.fields[name].metadata
         idle = name not in of_model and getattr(c, name) == default(c, name)  # changes nothing
-        for need in m["needs"].split():
-            if not _off(c, need) or idle:
+        for needs in m["needs"].split():
+            there = [need for need in needs.split("|") if need in c.fields]
+            if idle or not all(_off(c, need) for need in there):
                 continue
+            need = there[0]
             if need in of_model and name not in of_model and not c.train:
                 stop(f"{_flag(name)} needs a model trained with {_flag(need)}: leave it out")
-            how = "without" if getattr(c, need) is False else "with"
-            worth = "" if getattr(c, need) is False else f" {text(getattr(c, need))}"
+            absent = getattr(c, need) is False or getattr(c, need) == ""
+            how, worth = ("without", "") if absent else ("with", f" {text(getattr(c, need))}")
             stop(f"{_flag(name)} does nothing {how} {_flag(need)}{worth}: leave it out")
         for other in m["idles"].split() if getattr(c, name) is not False else ():
             if other in c.given and getattr(c, other) != default(c, other):
@@ -485,6 +504,7 @@ def parse(method, groups, recipes, doc):
     fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
     parser = _parser(method, fields, recipes, doc)
     flagged = vars(parser.parse_args())
+    flagged |= {name: tuple(value) for name, value in flagged.items() if isinstance(value, list)}
     actions = {name: flagged.pop(name) for name in ACTIONS if name in flagged}
     if any(fields[name].metadata["acts"] for name in flagged):
         actions["sample"] = True
@@ -529,7 +549,8 @@ def settings(method, groups, recipes, **given):
             raise ValueError(f"{_flag(name)} {text(value)} is not {wrong}")
         if given.get("checkpoint") and "sample" not in m["use"] and "evaluate" not in m["use"]:
             raise ValueError(f"{_flag(name)} is for training: the checkpoint says what it is")
-        if given.get("checkpoint") and name in ("label", "steps", "n", "out"):
+        if given.get("checkpoint") and name in ("label", "steps", "n", "out", "prompt", "image",
+                                                "mask", "walk"):
             raise ValueError(f"{name} is for sample to take, or for you: load has no use for it")
     c = _lay(method, groups, recipes, given)
     only_pictures(c)

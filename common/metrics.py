@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import data, flags
+from common import data, flags, words
 from common.files import inputs, written
 from common.pictures import to_uint8
 from common.progress import progress
@@ -399,7 +399,7 @@ def _train(train, test, device, partial):
             x, y = batch(train.images, train.labels, usable[chosen])
             top, left = torch.randint(2 * pad + 1, (2,), generator=generator).tolist()
             x = F.pad(x, (pad,) * 4, mode="replicate")[:, :, top:top + height, left:left + width]
-            if channels == 3 and step % 2:
+            if channels == 3 and train.name != "words" and step % 2:
                 x = x.flip(3)  # in colour: photographs; a mirrored digit is no digit
             loss = F.cross_entropy(net(x)[1], y)
             optimizer.zero_grad()
@@ -715,6 +715,33 @@ def fcd(c, images):
     return frechet(*moments([fake]), *moments([reference]))
 
 
+def as_asked(c, samples, captions):
+    """How often pictures of `words` show what was asked for: {"asked_digit": share, ...}.
+
+    samples (n, 3, H, W) in [-1, 1]; captions: n texts. Beside each share, under "real_digit" and so
+    on, the same of held-out pictures with their own captions: more than that cannot be had. The
+    digit is what the classifier sees; all else is measured (words.py).
+    """
+    train, test = (data.load(c.data, c.data_root, c.size or None, c.chosen or None, split)
+                   for split in ("train", "test"))
+    net, _, names = classifier(c.data, c.data_root, train.shape[-1], device=c.device)
+    number = torch.tensor([words.ATTRIBUTES["digit"].index(name) for name in names])
+    some = choice(len(train), 2000)
+    bold = words.halfway(train.images[some], [train.caption(i) for i in some])
+
+    def shares(images, captions):
+        _, logits = look(net, images, torch.arange(len(images)), c.device)
+        seen = dict(digit=number[logits.argmax(1)]) | words.measured(images, bold)
+        return words.shares(seen, captions)
+
+    held_out = choice(len(test), 2000)
+    real = shares(test.images[held_out], [test.caption(i) for i in held_out])
+    result = {}
+    for name, share in shares(to_uint8(samples), captions).items():
+        result |= {f"asked_{name}": share, f"real_{name}": real[name]}
+    return result
+
+
 def report(result):
     """The dict of `evaluate` as aligned lines of text.
 
@@ -740,9 +767,12 @@ def report(result):
         "fid": ("FID", "{fid:.4g}"),
         "is": ("IS", "{is:.4g}"),
     }
+    for name in words.ATTRIBUTES:
+        rows[f"asked_{name}"] = (f"{name} as asked for", f"{{asked_{name}:.1%}}  (real pictures' "
+                                 f"{{real_{name}:.1%}})")
     # shown beside another
     beside = ("fcd_floor", "wasserstein_floor", "floor_n", "class_most", "modes_of",
-              "on_curve_of_data", "std_of_data")
+              "on_curve_of_data", "std_of_data", *(f"real_{name}" for name in words.ATTRIBUTES))
     lines = []
     for key, value in result.items():
         if key in beside:

@@ -133,7 +133,10 @@ def save(path, x, labels=None, frames=(), columns=None):
         with written(path) as file:
             (scatter(x) if points else grid(x, columns)).save(file, format="PNG")
     elif path.suffix == ".gif":
-        stills = [(scatter(frame) if points else grid(frame)).convert("P") for frame in frames]
+        stills = [(scatter(frame) if points else grid(frame, columns)) for frame in frames]
+        # of greys all are kept; of colours the 256 that each frame needs
+        stills = [still.convert("P") if still.mode == "L" else still.convert("RGB").quantize()
+                  for still in stills]
         rest = stills[1:] + stills[-1:] * 10  # the last one stays
         with written(path) as file:
             stills[0].save(file, format="GIF", save_all=True, append_images=rest, duration=100,

@@ -126,6 +126,9 @@ def trained(c, methods=None, also=()):
     c.name, c.classes = saved["data"]["data"], tuple(saved["data"]["classes"])
     c.shape, c.labels = tuple(saved["data"]["shape"]), len(c.classes) if c.conditional else 0
     c.size = c.shape[-1] if len(c.shape) == 3 else 0
+    flags.brought(c)
+    c.vocabulary = tuple(saved["data"].get("vocabulary", ()))
+    c.longest = saved["data"].get("longest", 0)
     flags.resolve(c)
     flags.rules(c)
     if saved["method"] == c.method and differs(saved.get("script"), c.text):
@@ -173,42 +176,63 @@ def differs(old, new):
 def initialise(c, classes, states):
     """Give new networks the weights of --init's file, the mean ones where it has them.
 
-    classes: of the data; states: as Run has them, by the checkpoint's names. Labels that the file
-    knows by name keep their row, others start anew. Returns what to say of it. ValueError for a
+    classes: of the data; states: as Run has them, by the checkpoint's names. Labels and words that
+    the file knows keep their row, others start anew. Returns what to say of it. ValueError for a
     file that does not fit.
     """
     saved = load_checkpoint(c.init, (c.method,), flags.INIT)
     known = list(saved["data"]["classes"]) if saved["config"].get("conditional") else []
+    known_words = saved["data"].get("vocabulary", [])
     for name, thing in states.items():
         if isinstance(thing, torch.nn.Module):
             try:
                 weights = saved["ema"]["net"] if name == "net" else saved[name]
-                thing.load_state_dict(_relabelled(weights, thing.state_dict(), known, classes))
+                weights = _fitted(weights, thing.state_dict(), "label.weight", known, classes)
+                weights = _fitted(weights, thing.state_dict(), "text.word.weight",
+                                  ["", *known_words], ["", *c.vocabulary])
+                thing.load_state_dict(_long(weights, thing.state_dict(), "text.place"))
             except Exception:  # as in load_states
                 raise ValueError(_unfitting(c, saved)) from None
     for thing in states.values():
         if isinstance(thing, EMA):
             thing.net.load_state_dict(states["net"].state_dict())
     said = f"begins with the weights of {c.init}, after {saved['step']} updates"
-    anew = [label for label in classes if label not in known] if c.labels else []
-    if anew:
-        said += f"; labels that start anew: {', '.join(anew[:10])}{' ...' * (len(anew) > 10)}"
+    for what, names, there in (("labels", classes if c.labels else (), known),
+                               ("words", c.vocabulary, known_words)):
+        anew = [name for name in names if name not in {*there}]
+        if anew:
+            said += f"; {what} that start anew: {', '.join(anew[:10])}{' ...' * (len(anew) > 10)}"
     return said
 
 
-def _relabelled(weights, fresh, known, classes):
-    """A file's weights with embeddings of labels for these classes: known rows, the rest fresh."""
-    result = {key: value for key, value in weights.items() if not key.endswith("label.weight")}
+def _fitted(weights, fresh, ending, known, names):
+    """A file's weights with the rows of embeddings, keys of that ending, for these names.
+
+    Known names keep their rows, the others have those of the fresh weights; a last row, of no name,
+    is the file's where it has one.
+    """
+    result = {key: value for key, value in weights.items() if not key.endswith(ending)}
     for key, rows in fresh.items():
-        if key.endswith("label.weight"):
+        if key.endswith(ending):
             rows = rows.clone()
-            for i, label in enumerate(classes):
-                if label in known:
-                    rows[i] = weights[key][known.index(label)]
-            if known:
+            place = {name: i for i, name in enumerate(known)}
+            for i, name in enumerate(names):
+                if name in place:
+                    rows[i] = weights[key][place[name]]
+            if known and len(rows) > len(names):
                 rows[-1] = weights[key][-1]  # no label
             result[key] = rows
     return result
+
+
+def _long(weights, fresh, name):
+    """A file's weights with the rows of one tensor, places in a text, as many as the fresh has."""
+    if name not in weights or name not in fresh:
+        return weights
+    rows = fresh[name].clone()
+    many = min(len(rows), len(weights[name]))
+    rows[:many] = weights[name][:many]
+    return weights | {name: rows}
 
 
 def _unfitting(c, saved):
@@ -267,8 +291,25 @@ def begin(c):
               "are pictures that were scaled twice, samples will look empty", file=sys.stderr)
     c.conditional = c.conditional and len(data.classes) > 0  # --init's file may have had labels
     c.shape, c.labels = tuple(data.shape), len(data.classes) if c.conditional else 0
+    _captions(c, data)
     torch.manual_seed(c.seed)  # the networks' first weights
     return data
+
+
+def _captions(c, data):
+    """Set c.vocabulary and c.longest, words of a caption at most, where captions are learnt."""
+    learns = vars(c).get("captions", False)  # one script has this flag
+    if learns and data.captions is None and "captions" not in c.given and c.init:
+        stop(f"--init {c.init} is a model that reads captions, and {c.data} has none: give data "
+             "with captions, or another checkpoint")
+    if learns and data.captions is None:
+        stop(f"--captions needs data with captions, as `words` or a folder with name.txt beside "
+             f"name.png, and {c.data} has none")
+    c.vocabulary, c.longest = (), 0
+    if learns:
+        c.vocabulary, c.longest = tuple(data.vocabulary), data.captions.shape[1]
+    elif "captions" in c.fields and data.captions is not None and rank() == 0:
+        print(f"{c.data} has captions: --captions learns them", file=sys.stderr)
 
 
 def end(c, run, evaluations):
@@ -330,7 +371,11 @@ class Run:
                           pictures=len(data), chosen=list(c.chosen))
         content = data.content()
         if content:
+            if only or not c.vocabulary:  # then captions are not learnt
+                content.pop("captions", None)
             self.about["content"] = content
+        if c.vocabulary and not only:
+            self.about |= dict(vocabulary=list(c.vocabulary), longest=c.longest)
         self.step, self.seconds, self.share = 0, 0.0, share
         self.limit = 60 * share * c.minutes or math.inf
         self.start, self.began_at = None, 0.0  # the clock at second 0; seconds when this began
@@ -342,6 +387,8 @@ class Run:
                 saved = load_checkpoint(self.path, (c.method,))
                 now = self.config | self.about | dict(classes=sorted(data.classes))
                 free = {"iters", "minutes", "content", "chosen"}
+                if content:  # which tells captions apart
+                    free |= {"vocabulary", "longest"}
                 if content and "content" in saved["data"]:
                     free.add("data")  # whatever it is called
                 if now["shape"] == saved["data"]["shape"] and now["classes"] == sorted(
@@ -390,7 +437,7 @@ class Run:
         That is what a killed run logged: it will be computed again.
         """
         import numpy
-        inner = ("given", "sheet", "fields", "defaults", "instead", "shape", "text")
+        inner = ("given", "sheet", "fields", "defaults", "recipes", "instead", "shape", "text")
         settings = {name: value for name, value in vars(self.c).items() if name not in inner}
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=numpy.__version__)

@@ -133,12 +133,21 @@ class Draw:
         """Milliseconds per sample: median of the batches after the first, which warms up."""
         return statistics.median(1000 * s / n for n, s in self.laps[1:] or self.laps)
 
-    def save(self, evaluations):
-        """Write --out, or samples.png in the run, and print the line that ends sampling."""
+    def save(self, evaluations, name="samples.png", columns=None):
+        """Write --out, or the file of that name in the run, and print the line that ends sampling.
+
+        Who went through the batches several times, for a row each, has all of these samples.
+        columns: of a sheet, by default about as many as rows.
+        """
+        x = self.samples()
+        rows = len(x) // self.n
+        label = None if self.label is None else self.label.repeat(rows)
+        each = len(self.frames or ()) // rows
+        frames = [torch.cat(self.frames[i::each]) for i in range(each)]
         with files.inputs():
-            path = self.c.out or self.c.run / "samples.png"
-            pictures.save(path, self.samples(), self.label, self.frames)
+            path = self.c.out or self.c.run / name
+            pictures.save(path, x, label, frames, columns)
         seconds = sum(s for _, s in self.laps)
         warm = " once warm" if len(self.laps) > 1 else ""
-        print(f"{self.n} samples in {seconds:.1f} s, {evaluations} network evaluations each, "
+        print(f"{len(x)} samples in {seconds:.1f} s, {evaluations} network evaluations each, "
               f"{self.ms():.3g} ms per sample{warm}: {path}")

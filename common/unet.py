@@ -21,6 +21,9 @@ from common.files import inputs
 from kernels.group_norm import GroupNorm
 
 
+CONTEXT = 64  # what a word becomes
+
+
 def build(c, shape, outputs, **more):
     """The network for data of this shape, (C, H, W) or (2,), by flags.Unet's flags and c.labels.
 
@@ -68,12 +71,12 @@ def norm(channels):
 
 
 class Embedding(nn.Module):
-    """What the picture does not hold, for every block to read: time, label and z.
+    """What the picture does not hold, for every block to read: time, label, z, a context's mean.
 
     One vector (B, dim), after a SiLU.
     """
 
-    def __init__(self, width, dim, classes=0, z_dim=0, z_layers=4):
+    def __init__(self, width, dim, classes=0, z_dim=0, z_layers=4, context_dim=0):
         super().__init__()
         if width % 2:
             raise ValueError(f"a width of {width} is odd (--width, --width-d): half of the time's "
@@ -82,13 +85,16 @@ class Embedding(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
         if classes:
             self.label = nn.Embedding(classes + 1, dim)  # the last row is "no label"
+        if context_dim:  # what attention to it need not find out (as Nichol 2021, GLIDE)
+            self.context = nn.Linear(context_dim, dim)
+            nn.init.normal_(self.context.weight, std=0.3)  # as loud as a label: else hardly heard
         if z_dim:  # StyleGAN's mapping network, as DDGAN uses it (Xiao 2021, appendix C)
             layers = [nn.Linear(z_dim, dim)]
             for _ in range(z_layers - 1):
                 layers += [nn.SiLU(), nn.Linear(dim, dim)]
             self.mapping = nn.Sequential(*layers)
 
-    def forward(self, t, label=None, z=None):
+    def forward(self, t, label=None, z=None, context=None):
         if label is not None and not self.classes:
             raise ValueError("this network was built without labels")
         if (z is not None) != (self.z_dim > 0):
@@ -98,6 +104,8 @@ class Embedding(nn.Module):
             if label is None:
                 label = torch.full_like(t, self.classes, dtype=torch.long)
             e = e + self.label(label)
+        if hasattr(self, "context") and context is not None:
+            e = e + self.context(context.sum(1) / context.shape[1] ** 0.5)
         if self.z_dim:  # z on the sphere of radius sqrt(z_dim): its length carries nothing
             e = e + self.mapping(z * z.square().mean(1, keepdim=True).add(1e-8).rsqrt())
         return F.silu(e)
@@ -151,9 +159,13 @@ class Resample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with several heads among the pixels of a map, and then from pixels to a context."""
+    """Attention with several heads among the pixels of a map, and then from pixels to a context.
 
-    def __init__(self, channels, heads, context_dim=0):
+    side: of the map, each of whose places asks the context with a vector of its own: "top left" is
+    for some of them, and a convolution hardly knows where it is.
+    """
+
+    def __init__(self, channels, heads, context_dim=0, side=0):
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(norm(channels).groups, channels, silu=False)
@@ -161,13 +173,20 @@ class Attention(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
         if context_dim:
             self.cross_norm, self.q = nn.LayerNorm(channels), nn.Linear(channels, channels)
+            self.place = nn.Parameter(torch.randn(side * side, channels))
             self.kv = nn.Linear(context_dim, 2 * channels)
             self.cross_out = zero(nn.Linear(channels, channels))
 
     def attend(self, q, k, v):
         # (B, heads, L, channels / heads)
         q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            # PyTorch's backward pass takes three to ten times as long there in bf16 as in fp32
+            with torch.autocast("cpu", enabled=False):
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).flatten(2)
 
     def forward(self, x, context=None):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
@@ -176,7 +195,7 @@ class Attention(nn.Module):
             if context is None:
                 raise ValueError("this network attends to a context: give context (B, L, "
                                  "context_dim)")
-            q = self.q(self.cross_norm(h + x.flatten(2).transpose(1, 2)))
+            q = self.q(self.cross_norm(h + x.flatten(2).transpose(1, 2)) + self.place)
             h = h + self.cross_out(self.attend(q, *self.kv(context).chunk(2, -1)))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -226,16 +245,16 @@ class UNet(nn.Module):
                              f"{size}")
         dim = 4 * width
         self.fourier = tuple(fourier)
-        self.embedding = Embedding(width, dim, classes, z_dim, z_layers)
+        self.embedding = Embedding(width, dim, classes, z_dim, z_layers, context_dim)
         self.first = nn.Conv2d(in_channels * (1 + 2 * len(self.fourier)), width, 3, padding=1)
 
-        def attend(channels, side):
-            if side not in attention:
+        def attend(channels, side, wanted):
+            if not wanted:
                 return None
             if channels % heads:
                 raise ValueError(f"{channels} channels cannot be split among {heads} heads: change "
                                  "--heads or --width")
-            return Attention(channels, heads, context_dim)
+            return Attention(channels, heads, context_dim, side)
 
         def between(channels, c, direction):
             if resample == "conv":
@@ -250,24 +269,25 @@ class UNet(nn.Module):
             if len(self.down):
                 self.down.append(between(channels, channels, -1))
             for _ in range(blocks):
-                self.down.append(Stage(Block(channels, c, dim), attend(c, side)))
+                self.down.append(Stage(Block(channels, c, dim), attend(c, side, side in attention)))
                 channels = c
-        attending = next((side for _, side in levels if side in attention), None)
+        attends = any(side in attention for _, side in levels)
         self.middle = nn.ModuleList([
-            Stage(Block(channels, channels, dim), attend(channels, attending)),
+            Stage(Block(channels, channels, dim), attend(channels, levels[-1][1], attends)),
             Stage(Block(channels, channels, dim), None)])
         for c, side in reversed(levels):
             if len(self.up):
                 self.up.append(between(channels, c, 1))
                 channels = c
             for _ in range(blocks):
-                self.up.append(Stage(Block(channels + c, c, dim), attend(c, side)))
+                block = Block(channels + c, c, dim)
+                self.up.append(Stage(block, attend(c, side, side in attention)))
                 channels = c
         self.last_norm = norm(channels)
         self.last = zero(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
     def forward(self, x, t, label=None, z=None, context=None):
-        e = self.embedding(t, label, z)
+        e = self.embedding(t, label, z, context)
         h, skips = self.first(fourier_input(x, self.fourier)), []
         # every stage leaves its map for the stage of the same size on the way up
         for layer in self.down:
@@ -317,3 +337,24 @@ class MLP(nn.Module):
             hidden = block["hidden"](block["norm"](h) * (1 + scale) + shift)
             h = h + block["out"](F.silu(hidden))
         return self.last(self.last_norm(h))
+
+
+class TextEncoder(nn.Module):
+    """Tokens (B, length), as common/text.py has them, to a context (B, length, dim).
+
+    A small transformer; words: of the vocabulary. It is trained with the network that attends to
+    it. "No word" has a vector of its own, so that nothing need be masked.
+    """
+
+    def __init__(self, words, length, dim=CONTEXT, layers=2, heads=4):
+        super().__init__()
+        self.word = nn.Embedding(words + 1, dim)
+        self.place = nn.Parameter(torch.randn(length, dim))
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim),
+                                            enable_nested_tensor=False)
+
+    def forward(self, tokens):
+        with torch.autocast(tokens.device.type, enabled=False):  # so small a network in fp32
+            return self.layers(self.word(tokens) + self.place)

@@ -61,7 +61,7 @@ def settings(script, **changes):
     given = {name: value for name, value in changes.items() if name in c.fields}
     c = flags.settings(script.__name__, script.FLAGS, script.RECIPES,
                        **dict(device="cpu", precision="fp32") | given)
-    vars(c).update(dict(labels=0, shape=(1, 16, 16)) | changes)
+    vars(c).update(dict(labels=0, shape=(1, 16, 16), vocabulary=(), longest=0) | changes)
     return c
 
 
@@ -69,11 +69,12 @@ HALVES = {script: ["--train", "--iters", "30", *SMALL[script], "--device", "cpu"
           for script in SMALL}  # what two processes do, and one
 HALVES["ddgan"] += ["--pretrain", "10"]
 HALVES["ldm"] += ["--latent", "vq", "--codes", "16"]  # whose use is counted over both
+HALVES["ldm"] += ["--data", "words"]  # of which each drops the words of its own half
 
 
 def command(script, *given):
     """fp32, which the curves and bounds here were measured with, also where `auto` is bf16."""
-    acts = {"--train", "--sample", "--evaluate", "--encode", "--interpolate"} & {*given}
+    acts = {"--train", "--sample", "--evaluate", "--encode", "--interpolate", "--walk"} & {*given}
     fp32 = ["--precision", "fp32"] if acts else []
     return [sys.executable, str(ROOT / f"{script}.py"), *fp32, *map(str, given)]
 

@@ -758,6 +758,12 @@ OWN = {
         ("--encode texts/a.txt", "texts/a.txt is not a picture"),
         ("--interpolate --eta 1", "--eta does nothing with --interpolate"),
         ("--sample --prior --steps 3", "--steps does nothing with --prior"),
+        ("--sample --prompt seven", "--prompt needs a model trained with --captions"),
+        ("--sample --negative seven", "--negative needs a model trained with --captions"),
+        ("--sample --mask texts/a.txt", "--mask does nothing without --image"),
+        ("--train --captions --fresh", "--captions needs data with captions"),
+        ("--train --prompt seven", "--prompt"),
+        ("--encode --prompt seven", "--prompt does nothing with --encode"),
         ("--train --prior", "--prior does nothing here"),
     ],
     "ddgan": [

@@ -113,6 +113,46 @@ def test_attention_against_a_loop():
     assert_close(layer(x), expected)
 
 
+def test_attention_to_a_context_knows_its_place():
+    """Each pixel asks with what it is and where it is; one head at a time, in float64."""
+    torch.manual_seed(1)
+    layer = filled(Attention(8, 2, 6, side=3)).double()
+    x, context = torch.randn(2, 8, 3, 3).double(), torch.randn(2, 5, 6).double()
+    alone = Attention(8, 2)
+    alone.load_state_dict({name: value for name, value in layer.state_dict().items()
+                           if name in alone.state_dict()})
+    h = alone.double()(x).flatten(2).transpose(1, 2)  # what attention to itself has made of x
+    asks = (h - h.mean(2, keepdim=True)) / (h.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+    q = layer.q(asks * layer.cross_norm.weight + layer.cross_norm.bias + layer.place)
+    k, v = layer.kv(context).chunk(2, -1)
+    rows = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., head] @ k[..., head].transpose(1, 2) / 2).softmax(-1)
+        rows.append(weights @ v[..., head])
+    expected = (h + layer.cross_out(torch.cat(rows, -1))).transpose(1, 2).view_as(x)
+    assert_close(layer(x, context), expected)
+    # the same picture moved by a pixel asks other questions
+    assert not torch.allclose(layer(x.roll(1, 3), context), layer(x, context).roll(1, 3))
+
+
+def test_attention_in_bf16_without_a_gpu_has_bf16_s_error():
+    """It is computed in fp32 there for its gradient: no more error than plain bf16 has."""
+    torch.manual_seed(2)
+    layer = filled(Attention(16, 2))
+    x = torch.randn(4, 16, 4, 4)
+    found = {}
+    for kind in ("double", "bf16"):
+        net = Attention(16, 2)
+        net.load_state_dict(layer.state_dict())
+        net, y = (net.double(), x.double()) if kind == "double" else (net, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+            out = net(y)
+        out.double().square().sum().backward()
+        found[kind] = torch.cat([p.grad.double().flatten() for p in net.parameters()])
+    off = (found["bf16"] - found["double"]).norm() / found["double"].norm()
+    assert off < 2 ** -6, off
+
+
 def test_wrong_builds_and_calls_are_named():
     for make, words in ((lambda: unet(heads=3), "heads"),
                         (lambda: unet(resample="wavelet"), "conv or biggan"),
