@@ -763,7 +763,8 @@ def show_samples(c, net):
                 draw.keep(edit(c, net, x, painted, first, n, steps, label, draw.frames, prompt))
             else:
                 draw.keep(sample(c, net, first, n, steps, label, draw.frames, prompt=prompt))
-    draw.save(steps, "edit.png" if c.image else "samples.png", many if c.prompt else None)
+    columns = many if c.prompt or c.image else None
+    draw.save(steps, "edit.png" if c.image else "samples.png", columns)
 
 
 def judge(c, net):

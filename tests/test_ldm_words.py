@@ -218,7 +218,8 @@ def test_evaluation_asks_for_what_held_out_pictures_show(place, monkeypatch):
     assert len(asked) == 20
     test = data.load(str(place / "halves"), place / "data", 8, split="test")
     assert sorted({*asked}) == sorted({test.caption(i) for i in range(len(test))})
-    assert "fcd" in json.loads((place / "said" / "evaluation.json").read_text())
+    found = json.loads((place / "said" / "evaluation.json").read_text())
+    assert "fcd" in found and found["guidance"] == 2  # by row "captions", without --data
 
 
 # ------------------------------------------------------------------------------------------- edits
