@@ -711,8 +711,6 @@ def check(c):
     many = c.n * max(1, len(c.prompt))
     if many > 256 and (c.walk or c.out.endswith(".gif")):
         stop(f"{many} samples: a .gif shows at most 256")
-    if c.negative and c.guidance == 1:
-        stop("--negative does nothing without --guidance: give --guidance 2, say")
     missing = [path for path in (c.image, c.mask) if path and not Path(path).is_file()]
     if missing:
         stop(f"{missing[0]} is not there: give a picture file")
@@ -720,6 +718,8 @@ def check(c):
 
 def check_model(c):
     """Stop for what the flags cannot mean with the model that they are for."""
+    if c.negative and c.guidance == 1:
+        stop("--negative does nothing with --guidance 1: give --guidance 2, say")
     negative = [c.negative] if "negative" in c.given else []
     with inputs():
         text.readable(c.prompt, c.vocabulary, c.longest, "--prompt")

@@ -378,7 +378,7 @@ def test_another_size_and_mode_is_taken_as_data_are_and_said(place):
     ("--prompt light at", "unrecognized arguments: at"),
     ("--prompt house", "never read 'house'"),
     ("--prompt light --negative house --guidance 2", "--negative 'house': this model"),
-    ("--prompt light --negative left", "--negative does nothing without --guidance"),
+    ("--prompt light --negative left --guidance 1", "--negative does nothing with --guidance 1"),
     ("--prompt the the the the the", "5 words, and this model reads 4"),
 ])
 def test_wrong_edits_and_prompts_end_with_one_line_and_nothing_written(place, given, says):
