@@ -4,11 +4,11 @@ Rombach et al. 2021 (arXiv:2112.10752). Both are trained here, from nothing.
     encoding   z = mu(x) + exp(l(x) / 2) nu       l: log-variance; or VQ: z(x), its nearest code
                | x - D(z) |^2 + kl KL(q(z | x), N(0, 1))                            (appendix G)
     noising    z_t = signal_t z0 + noise_t eps    z0 = (z - mean) / std, of each channel
-    training   | target - net(z_t, t, tau(y)) |^2  target: eps or v;  y: words, if any        (2, 3)
+    training   | target - net(z_t, t, y) |^2      target: eps or v;  y: words, if any        (2, 3)
     sampling   z0' = p_x z_t + p_out net(z_t, t)  never clipped: latents have no bounds
                z_s = c_x z_t + c_0 z0' + c_n eps  s < t;  at the end x = D(std z0 + mean)
     editing    z_t0 = signal z0(x) + noise eps    t0 = ceil(strength T), and down from there
-    walking    z' = z + sqrt(2 eta) eps           decoded at each step
+    walking    z <- z + sqrt(2 eta) eps           decoded at each step;  eta: --walk-step
 
     python ldm.py --train                         # digits: the autoencoder, then the diffusion
     python ldm.py --sample --steps 20             # a sheet in the run
@@ -23,7 +23,9 @@ Rombach et al. 2021 (arXiv:2112.10752). Both are trained here, from nothing.
     python ldm.py --sample --prior --run runs/vae                     # and its own samples
 
 Digits on two cores of a Xeon: 2.5 minutes, FCD 1.6 (floor 0.16) at 50 steps, one run. At 16 x 16
-little is won; at 64 x 64 a sample costs a thirtieth of ddim.py's (notebook).
+little is won; at 64 x 64 a sample costs a thirtieth of ddim.py's (notebook). Words: 12 minutes;
+of 1,000 samples colour and ground were as asked for in all, size, place and weight in 87 to 98 %,
+the digit in 36 %.
 
 Left out of the paper: the perceptual and the adversarial term of the autoencoder's loss. They need
 a network of others' weights and a discriminator; without them fine texture is blurred.

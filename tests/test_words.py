@@ -274,6 +274,8 @@ def test_captions_stay_with_their_pictures(tmp_path):
         place = f"{('train', 'test')[i % 3 == 0]}/{('cat', 'dog')[i % 2]}/{97 * i % 12:02}"
         contents |= {f"{place}.png": picture(20 * i), f"{place}.txt": f"number n{i}".encode()}
         contents |= {f"{place}x.png": b"damaged", f"{place}x.txt": b"of what is damaged"}
+    for i in range(3):  # beside train and test: left out, with what is said of it
+        contents |= {f"extra/{i}.png": picture(250), f"extra/{i}.txt": b"what nobody reads"}
     stands = folder(tmp_path / "folder", contents)
     train, test = both(stands, tmp_path / "root")
     assert len(train) == 8 and len(test) == 4
