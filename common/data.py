@@ -35,7 +35,7 @@ import torch
 from common import text, words
 from common.progress import progress
 
-VERSION = 3  # of the cache's format and of the drawing: raise it when either changes
+VERSION = 4  # of the cache's format and of the drawing: raise it when either changes
 SMALLEST = 256  # hashes by which a set is known again
 LARGEST = 1 << 28  # bytes of one file in an archive; a larger one is not read
 MOST_TEXT = 1 << 20  # bytes of a caption's file

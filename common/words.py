@@ -24,6 +24,7 @@ PLACE = ("top", "bottom", "left", "right", "centre")  # the words of a place
 HEIGHTS = dict(small=(0.36, 0.42), large=(0.52, 0.58))  # of the side
 STROKE = dict(thin=0.0, bold=0.05)  # put around the font's own, of a letter's height
 MARGIN = 0.02  # of the side, between a digit's centre and the next third
+ABOUT = 0.03  # of the side: how far a digit's centre may be from the middle of its place
 FAINT = 60  # levels, of the 200 and more between a ground and a colour: less is no ink
 BETWEEN = 0.47  # of the side: what is higher is large
 
@@ -188,7 +189,9 @@ def draw(size, seed, count=20_000):
     least = np.maximum(third / 3 + MARGIN, half)
     most = np.maximum(np.minimum((third + 1) / 3 - MARGIN, 1 - half), least)
     least = np.minimum(least, most)
-    centre = rng.uniform(least, most) * k
+    about = np.minimum(ABOUT, (most - least) / 2)
+    middle = np.clip((third + 0.5) / 3, least + about, most - about)
+    centre = (middle + about * rng.uniform(-1, 1, (count, 2))) * k
     to_glyph = np.linalg.inv(to_canvas * k)
     moved = extent / 2 - (to_glyph @ centre[:, :, None])[:, :, 0]
     affine = np.concatenate([to_glyph, moved[:, :, None]], 2).reshape(count, 6).tolist()
