@@ -584,19 +584,25 @@ def _as_flag(field, value):
 
 
 # ------------------------------------------------------------------------------------------ where
-def place(c):
-    """Set c.device, under torchrun a GPU for each process, and c.precision.
-
-    auto is bf16 on GPUs that have it and on processors with matrix units (AMX), elsewhere fp32,
-    which is faster there: AVX-512's bf16 reached half of fp32's rate in convolutions.
-    """
+def device(name="auto"):
+    """The torch.device of that name, under torchrun a GPU for each process; auto: the best here."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(d for d in there if there[d]) if c.device == "auto" else c.device
+    name = next(d for d in there if there[d]) if name == "auto" else name
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not there[name] or name == "cuda" and processes > torch.cuda.device_count():
         stop(f"--device {name}: PyTorch finds none here, or fewer than there are processes; start "
              "fewer, or give --device cpu")
-    c.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+
+
+def place(c):
+    """Set c.device, and c.precision.
+
+    auto is bf16 on GPUs that have it and on processors with matrix units (AMX), elsewhere fp32,
+    which is faster there: AVX-512's bf16 reached half of fp32's rate in convolutions.
+    """
+    c.device = device(c.device)
+    name = c.device.type
     if c.precision == "auto":
         # a private name of PyTorch's, absent in some releases: then fp32
         amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)

@@ -477,6 +477,33 @@ def look(net, images, index, device="cpu"):
     return torch.cat(features), torch.cat(logits)
 
 
+def known(net, dataset, count, root, device="cpu"):
+    """Features of at most `count` of a data set's pictures, by a fixed choice, and their moments.
+
+    Returns (n, D) and moments' two, float64, or None in place of these for fewer than two pictures.
+    They are computed once and kept under root; another classifier or other pictures have other
+    keys.
+    """
+    index = choice(len(dataset), count)
+    weights = hashlib.sha256()
+    for value in net.state_dict().values():
+        weights.update(value.cpu().numpy().tobytes())
+    key = (f"features 1, {_digest(dataset)}, {weights.hexdigest()[:16]}, {len(index)}, "
+           f"{torch.device(device).type}")
+
+    def make():
+        features, _ = look(net, dataset.images, index, device)
+        kept = {"features": features.float()}  # as the network gave them
+        if len(index) > 1:
+            kept["mean"], kept["covariance"] = moments([features])
+        return kept
+
+    digits = hashlib.sha256(key.encode()).hexdigest()[:16]
+    kept = _cached(os.path.join(root, f"features-{digits}.pt"), key, make)
+    gaussian = (kept["mean"], kept["covariance"]) if len(index) > 1 else None
+    return kept["features"].double(), gaussian
+
+
 # ------------------------------------------------------------------------------ FID and IS proper
 def load_inception(path, device="cpu"):
     """A TorchScript file as a function of uint8 (B, C, H, W).
@@ -645,13 +672,11 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         call(samples[:1])  # a wrong file is told before a minute of work
     able, _ = computable(n, len(train), len(test))
     draws = max(1, min(5, len(test) // n))  # of held-out pictures: one alone is a noisy floor
-    reference = choice(len(train), REFERENCE)
-    held_out = choice(len(test), draws * n)
     result = {"samples": float(n)}
     if train.images is None:
         fake = samples.double()
-        reference = train.points[reference]
-        held_out = test.points[held_out]
+        reference = train.points[choice(len(train), REFERENCE)]
+        held_out = test.points[choice(len(test), draws * n)]
         distance = "wasserstein"
 
         def measure(x):
@@ -663,9 +688,8 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         if accuracy is not None:
             result["accuracy"] = accuracy
         fake, logits = look(net, samples, torch.arange(n), device)
-        reference, _ = look(net, train.images, reference, device)
-        held_out, _ = look(net, test.images, held_out, device)
-        gaussian = moments([reference])
+        reference, gaussian = known(net, train, REFERENCE, root, device)
+        held_out, _ = known(net, test, draws * n, root, device)
         distance = "fcd"
 
         def measure(x):
@@ -710,9 +734,9 @@ def fcd(c, images):
         return None
     source = "digits" if c.data == "stacked" else c.data
     net, _, _ = classifier(source, c.data_root, train.shape[-1], device=c.device)
-    reference, _ = look(net, train.images, choice(len(train), REFERENCE), c.device)
+    _, gaussian = known(net, train, REFERENCE, c.data_root, c.device)
     fake, _ = look(net, images, torch.arange(len(images)), c.device)
-    return frechet(*moments([fake]), *moments([reference]))
+    return frechet(*moments([fake]), *gaussian)
 
 
 def as_asked(c, samples, captions):

@@ -287,6 +287,29 @@ def test_better_pictures_have_better_figures(drawn, root, capsys):
     assert dots["class_kl"] > 0.9 * math.log(4) and dots["class_least"] < 0.1 and dots["class_most"] > 3
 
 
+def test_reference_is_kept(drawn, tmp_path, monkeypatch):
+    """The second time only the samples are looked at; other pictures or another classifier: all."""
+    root, real = str(tmp_path), Drawn(100, 3).images
+    looked, look = [], metrics.look
+    monkeypatch.setattr(metrics, "look", lambda net, images, index, device="cpu":
+                        looked.append(len(index)) or look(net, images, index, device))
+    first = metrics.evaluate(real, "drawn", root)
+    assert looked == [2000, 100, 2000, 500]           # the classifier's scale; samples; both references
+    looked.clear()
+    assert metrics.evaluate(real, "drawn", root) == first and looked == [100]
+    looked.clear()
+    metrics.evaluate(real, "drawn", root, classes=["dot", "upright"])
+    assert looked[0] == 100 and len(looked) == 3
+    looked.clear()
+    kept = next(tmp_path.glob("classifier-*.pt"))
+    state = torch.load(kept)
+    state["state"]["scale"] *= 2                      # a classifier that was made again, differently
+    torch.save(state, kept)
+    again = metrics.evaluate(real, "drawn", root)
+    assert looked == [100, 2000, 500]
+    assert again["fcd"] == pytest.approx(4 * first["fcd"], rel=1e-5)
+
+
 def test_kept_classes_share_the_classifier(drawn, root, monkeypatch, capsys):
     metrics.classifier("drawn", root)
     capsys.readouterr()
