@@ -751,7 +751,8 @@ def _ours(path, root):
     except ValueError:  # on another drive
         return ()
     start = "" if inner == "." else inner + "/"
-    return tuple(start + word for word in ("cached/", "classifier-", "inception-"))
+    return tuple(start + word for word in ("cached/", "classifier-", "features-",
+                                            "inception-"))
 
 
 def _visible(name):

@@ -270,7 +270,7 @@ def _bar(total, text):
     return progress(text=text, total=total, unit=" images")
 
 
-def _digest(dataset):
+def digest(dataset):
     """16 hex digits that change with the data.
 
     They are those of shape, classes, number, all labels, and 256 pictures.
@@ -444,7 +444,7 @@ def classifier(name, root="data", size=None, seed=0, device="cpu"):
     another one.
     """
     train = data.load(name, root, size, None, "train", seed)
-    key = f"{data.title(name)}-{train.shape[-1]}-{_digest(train)}"
+    key = f"{data.title(name)}-{train.shape[-1]}-{digest(train)}"
 
     def make():
         test = data.load(name, root, size, None, "test", seed)
@@ -488,7 +488,8 @@ def known(net, dataset, count, root, device="cpu"):
     weights = hashlib.sha256()
     for value in net.state_dict().values():
         weights.update(value.cpu().numpy().tobytes())
-    key = (f"features 1, {_digest(dataset)}, {weights.hexdigest()[:16]}, {len(index)}, "
+    files = 0 if dataset.hashes is None else int(dataset.hashes.sum())
+    key = (f"features 1, {digest(dataset)}, {files}, {weights.hexdigest()[:16]}, {len(index)}, "
            f"{torch.device(device).type}")
 
     def make():
@@ -502,6 +503,21 @@ def known(net, dataset, count, root, device="cpu"):
     kept = _cached(os.path.join(root, f"features-{digits}.pt"), key, make)
     gaussian = (kept["mean"], kept["covariance"]) if len(index) > 1 else None
     return kept["features"].double(), gaussian
+
+
+def references(net, train, test, n, root, device="cpu"):
+    """What n samples are compared with: features and moments of training pictures, held-out ones.
+
+    These are up to five separate draws of n: one alone is a noisy floor.
+    """
+    real, gaussian = known(net, train, REFERENCE, root, device)
+    held_out, _ = known(net, test, draws_of(n, len(test)) * n, root, device)
+    return real, gaussian, held_out
+
+
+def draws_of(n, held_out):
+    """How many separate draws of n, up to five, and at least one, the held-out ones allow."""
+    return max(1, min(5, held_out // n))
 
 
 # ------------------------------------------------------------------------------ FID and IS proper
@@ -554,7 +570,7 @@ def _fid_and_is(call, samples, train, path, root):
     """
     probabilities = []
     with open(path, "rb") as file:
-        key = f"{_digest(train)}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        key = f"{digest(train)}-{hashlib.filedigest(file, 'sha256').hexdigest()[:16]}"
 
     def features(images, text, keep):
         with _bar(len(images), f"Inception, {text}") as bar:
@@ -671,7 +687,7 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         call = load_inception(inception, device)
         call(samples[:1])  # a wrong file is told before a minute of work
     able, _ = computable(n, len(train), len(test))
-    draws = max(1, min(5, len(test) // n))  # of held-out pictures: one alone is a noisy floor
+    draws = draws_of(n, len(test))
     result = {"samples": float(n)}
     if train.images is None:
         fake = samples.double()
@@ -688,8 +704,7 @@ def evaluate(samples, name, root="data", size=None, classes=None, seed=0, incept
         if accuracy is not None:
             result["accuracy"] = accuracy
         fake, logits = look(net, samples, torch.arange(n), device)
-        reference, gaussian = known(net, train, REFERENCE, root, device)
-        held_out, _ = known(net, test, draws * n, root, device)
+        reference, gaussian, held_out = references(net, train, test, n, root, device)
         distance = "fcd"
 
         def measure(x):

@@ -226,6 +226,7 @@ class Drawn:
         self.images = x[:, None].expand(-1, channels, -1, -1).contiguous()
         self.labels = torch.searchsorted(torch.tensor(keep), y) if labelled else torch.full_like(y, -1)
         self.classes = [NAMES[k] for k in keep] if labelled else []
+        self.hashes = None
         self.name, self.points, self.shape = "drawn", None, (channels, SIDE, SIDE)
 
     def __len__(self):

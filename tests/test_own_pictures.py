@@ -65,7 +65,8 @@ def test_what_is_kept_beside_pictures_is_not_told_as_left_out(tmp_path):
     """The data root may lie among them, or be their folder."""
     for root in ("data", "."):
         source = folder(tmp_path / root / "s", {"a/1.png": picture(1), "a/2.png": picture(2)})
-        folder(source / root, {"classifier-x.pt": b"", "cached/other/labels.npy": b""})
+        folder(source / root, {"classifier-x.pt": b"", "features-x.pt": b"",
+                               "cached/other/labels.npy": b""})
         assert data.load(source, source / root).left_out == {}
         folder(source, {"a/3.heic": b"", "a/4.png": picture(4)})
         assert data.load(source, source / root).left_out == {".heic": 1}
