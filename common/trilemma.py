@@ -504,7 +504,8 @@ def report(result, links=""):
             f"{row['updates']:,}", f"{row['parameters'] / 1e6:.2f} M",
             f"{row['bits/dim']:.2f}" if "bits/dim" in row else ""))
     floor = number(mean(rows[0][distance(rows[0]) + "_floor"])) if rows else ""
-    text = [f"# The trilemma on {about['data']}, {about['minutes']:g} minutes a method", "",
+    minutes = f"{about['minutes']:g} minute{'s' * (about['minutes'] != 1)}"
+    text = [f"# The trilemma on {about['data']}, {minutes} a method", "",
             f"{about['date']}; {about['machine']}. U-Net {about['network']}. {about['samples']:,} "
             f"samples for each seed; the mean, and in brackets the range, of as many as three "
             "seeds of sampling, of one training run each.", "", short(result, links), "",
@@ -528,14 +529,17 @@ COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#0
 def picture(result, path):
     """Quality against the time of a sample, both logarithmic; recall is the size of a mark."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    rows = result["rows"]
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    rows, about = result["rows"], result["about"]
     what = distance(rows[0])
-    values = [mean(row[what]) for row in rows]
     floor = mean(rows[0][what + "_floor"])
-    bottom, top = min(floor, *values) / 2, max(values) * 1.6
+    values = [mean(row[what]) for row in rows]
+    bottom = min(floor, *values) / 2
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    axes = figure.subplots()
     axes.axhspan(bottom, floor, color="#dddddd")
+    axes.text(0.99, floor, "as near as real ones are to each other ", ha="right", va="top",
+              fontsize=9, color="#555555", transform=axes.get_yaxis_transform())
     for colour, name in zip(COLOURS, METHODS):
         mine = [row for row in rows if row["method"] == name]
         if not mine:
@@ -543,30 +547,35 @@ def picture(result, path):
         ms = [mean(row["ms"]) for row in mine]
         y = [mean(row[what]) for row in mine]
         axes.plot(ms, y, color=colour, linewidth=1.5, alpha=0.6)
-        sizes = [15 + 285 * mean(row["recall"]) ** 2 for row in mine]
-        axes.scatter(ms, y, s=sizes, color=colour, edgecolors="white", label=name, zorder=3)
+        axes.scatter(ms, y, s=[mark(mean(row["recall"])) for row in mine], color=colour,
+                     edgecolors="white", zorder=3)
+        axes.plot([], [], "o", color=colour, label=name)  # for the legend
         for row, a, b in zip(mine, ms, y):
-            low, high = min(row[what]), max(row[what])
-            axes.plot([a, a], [low, high], color=colour, linewidth=1)
+            axes.plot([a, a], [min(row[what]), max(row[what])], color=colour, linewidth=1)
             axes.annotate(str(row["evaluations"]), (a, b), textcoords="offset points",
-                          xytext=(0, 9), ha="center", fontsize=7, color=colour)
-    axes.set(xscale="log", yscale="log", ylim=(bottom, top), xlabel="milliseconds a sample",
-             ylabel=f"{'FCD' if what == 'fcd' else 'Wasserstein distance'} to the data")
-    axes.text(0.01, floor, "as near as other real ones", va="top", fontsize=9, color="#555555",
-              transform=axes.get_yaxis_transform())
-    axes.annotate("faster", (0.02, 1.01), xycoords="axes fraction", fontsize=10)
-    axes.annotate("better", (1.01, 0.02), xycoords="axes fraction", fontsize=10, rotation=270)
-    methods = axes.legend(loc="upper right", fontsize=9, markerscale=0.7)
-    axes.add_artist(methods)
-    marks = [axes.scatter([], [], s=15 + 285 * r ** 2, color="#888888", label=f"{r:g}")
-             for r in (0.25, 0.5, 0.75, 1)]
-    axes.legend(handles=marks, title="diverse: recall", loc="lower left", fontsize=9, ncols=4,
-                bbox_to_anchor=(0, 0.02))
-    about = result["about"]
-    axes.set_title(f"{about['data']}: {about['minutes']:g} minutes of training each; the numbers "
-                   "are network evaluations a sample", fontsize=10)
+                          xytext=(0, 10), ha="center", fontsize=8, color=colour)
+    axes.set(xscale="log", yscale="log", ylim=(bottom, max(values) * 1.6),
+             xlabel="milliseconds a sample: left is faster",
+             ylabel=f"{'FCD' if what == 'fcd' else 'Wasserstein distance'}: low is better")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.add_artist(axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9))
+    marks = [axes.scatter([], [], s=mark(recall), color="#888888", label=f"{recall:g}")
+             for recall in (0.25, 0.5, 0.75, 1)]
+    axes.legend(handles=marks, title="recall:\nlarge is diverse", loc="lower left", fontsize=9,
+                bbox_to_anchor=(1.01, 0), labelspacing=1)
+    minutes = f"{about['minutes']:g} minute{'s' * (about['minutes'] != 1)}"
+    axes.set_title(f"{about['data']}, {minutes} of training each; the numbers are network "
+                   "evaluations a sample", fontsize=10)
     with written(path) as file:
         figure.savefig(file, format="png")
+
+
+def mark(recall):
+    """A mark's area, in points squared."""
+    return 15 + 285 * recall ** 2
 
 
 def strip(result, sheet, path):
@@ -655,8 +664,8 @@ def held(contest, given):
             if contest.trained(name):
                 contest.compare(name)
             else:
-                print(f"[{i}/{len(contest.names)}] {name}: trained for {contest.minutes:g} minutes",
-                      flush=True)
+                print(f"[{i}/{len(contest.names)}] {name}: minutes of training: "
+                      f"{contest.minutes:g}", flush=True)
                 contest.train(name)
             contest.judge(name)
         except Failed as what:

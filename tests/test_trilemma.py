@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import files, flags, metrics, trilemma
+from common import files, flags, metrics, runs, trilemma
 from conftest import ROOT, run
 
 
@@ -51,6 +51,7 @@ def programs(folder, monkeypatch):
 
     monkeypatch.setattr(trilemma, "start", start)
     monkeypatch.setattr(trilemma, "TRIAL", 0.01)
+    monkeypatch.setattr(runs, "LEAST", 0.2)  # seconds for a closing sheet
     monkeypatch.setattr(trilemma, "JUDGING", 100.0)  # however slow this machine is
     monkeypatch.setitem(metrics.UPDATES, 1, 40)
     monkeypatch.setattr(files, "program", "")
