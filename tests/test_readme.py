@@ -1,4 +1,4 @@
-"""README is true: its commands run, its files are there, its figures are those of trilemma.json.
+"""README is true: its commands run, its files are there, what it says of changing a line is so.
 
 Each command runs here in a short form, in the order of the page, or stands in BY_HAND with why not
 and when it was last run by hand.
@@ -27,9 +27,12 @@ INSTALL = ("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.tx
 BY_HAND = {  # command: why it does not run here, and when it was run by hand
     INSTALL + "ddim.py --train": "it installs; 2026-11-27",
     INSTALL + "-m pytest": "these are the tests; .ci/run calls it",
-    "python -m pytest tests/test_ddim.py": "these are the tests",
+    "python -m pytest tests/test_ddim.py tests/test_schedules.py": "these are the tests",
+    "python ddim.py --encode": "to 1,000 steps; tests/test_scripts.py; 2026-11-27",
+    "python vdm.py --evaluate": "bits of 500 pictures; tests/test_scripts.py; 2026-11-27",
     "python -m common.trilemma --minutes 1": "20 minutes; tests/test_trilemma.py; 2026-11-27",
-    "torchrun --nproc-per-node 2 -- ddpm.py --train": "tests/test_scripts.py; 2026-11-27",
+    "torchrun --nproc-per-node 2 -- ddpm.py --train --run runs/two":
+        "tests/test_scripts.py; 2026-11-27",
     "python -m kernels.bench": "tests/test_bench.py; 2026-11-27",
 }
 SMALL = ["--iters", "3", "--width", "8", "--batch", "16"]  # of every training
@@ -62,7 +65,6 @@ def place(tmp_path_factory):
             Image.fromarray(colour).save(folder / "mine" / f"{i}.png")
             (folder / "mine" / f"{i}.txt").write_text("a red car" if i % 2 else "a blue house")
             archive.write(folder / "mine" / f"{i}.png", f"photos/{i}.png")
-    Image.fromarray(colours[0]).save(folder / "photo.png")
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setitem(metrics.UPDATES, 1, 20)
     monkeypatch.setattr(runs, "LEAST", 0.2)  # seconds for a closing sheet
@@ -73,7 +75,6 @@ def place(tmp_path_factory):
 def test_commands(place):
     """All others, one after the other in one folder, as a reader would go through the page."""
     run(place, "ddim", "--train", *SMALL)  # of the first line, which installs
-    run(place, "ddim", "--train", *SMALL, "--data", "mine", "--run", "runs/all")  # for --init
     for text in commands():
         if text in BY_HAND:
             continue
@@ -95,7 +96,7 @@ def test_commands(place):
             few = ["--walk", "3"] if "--walk" in given else []
             few += [] if "--n" in given or "--encode" in given else ["--n", "4"]
             run(place, name, *given, *few)
-    for made in ("walk.gif", "latents.npz", "runs/ddim-digits/samples.png", "runs/labels"):
+    for made in ("walk.gif", "latents.npz", "one/00000.png", "runs/labels"):
         assert (place / made).exists(), made
 
 
@@ -112,7 +113,7 @@ def test_python(place, monkeypatch):
 
 
 def test_changed_lines(tmp_path):
-    """What the page says of a loss, a flag and a schedule, done to a copy: it trains by them."""
+    """What the page says of a loss, a flag, a schedule and the notebook of a sampler, in a copy."""
     for part in ("common", "kernels"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     script, schedules = (ROOT / "ddim.py").read_text(), (ROOT / "common/schedules.py").read_text()
@@ -124,6 +125,13 @@ def test_changed_lines(tmp_path):
     assert script.count(old) == 1
     script = script.replace(old, f"    {loss}\n")
     script = script.replace("class Config:\n", f"class Config:\n    {flag}\n", 1)
+    start, loop = re.search(r"# before the loop\n(.*?\n)    # in the loop.*?\n(.*?\n)\n", NOTEBOOK,
+                            re.S).groups()
+    head, body, tail = re.search(
+        r"(.*?\ndef sample\(.*?\n)(    for i in .*?\n        x, x0_ = .*?\n)(.*)", script,
+        re.S).groups()
+    loop = re.sub("^    ", " " * 8, loop, flags=re.M)
+    script = f"{head}{start}{body}{loop}{tail}"
     (tmp_path / "ddim.py").write_text(script)
     name, branch = re.search(r"`elif schedule == \"(\w+)\": (beta = .*?)`", page).groups()
     schedules = re.sub(r"SCHEDULES = \(", f'SCHEDULES = ("{name}", ', schedules, count=1)
@@ -132,8 +140,9 @@ def test_changed_lines(tmp_path):
     (tmp_path / "common" / "schedules.py").write_text(schedules)
     done = subprocess.run(
         [sys.executable, "ddim.py", "--train", "--iters", "10", "--width", "8", "--batch", "16",
-         "--power", "1.5", "--schedule", name, "--data-root", tmp_path / "data"], cwd=tmp_path,
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+         "--sample", "--steps", "5", "--n", "4", "--power", "1.5", "--schedule", name,
+         "--data-root", tmp_path / "data"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-1000:]
     settings = json.loads((tmp_path / "runs" / "ddim-digits" / "config.json").read_text())
     assert settings["power"] == 1.5 and settings["schedule"] == name
