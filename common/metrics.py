@@ -570,7 +570,7 @@ def _fid_and_is(call, samples, train, path, root):
     """
     probabilities = []
     with open(path, "rb") as file:
-        key = f"{digest(train)}-{hashlib.filedigest(file, 'sha256').hexdigest()[:16]}"
+        key = f"{digest(train)}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
     def features(images, text, keep):
         with _bar(len(images), f"Inception, {text}") as bar:
