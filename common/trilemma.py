@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -422,10 +423,6 @@ def distance(row):
     return "fcd" if "fcd" in row else "wasserstein"
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def number(x):
     """Three digits of it, as short as they go."""
     if x >= 100:
@@ -631,6 +628,7 @@ def parse(arguments=None):
 
 
 def main(arguments=None):
+    """The command; ends with exit status 1 where something could not be judged."""
     files.program = "trilemma"
     given = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
