@@ -221,6 +221,7 @@ def test_scripts_take_the_flags(folder, tmp_path, monkeypatch, data, name):
     given = flags.parse(module.__name__, module.FLAGS, module.RECIPES, "")
     module.check(given) if hasattr(module, "check") else None
     assert given.minutes == 5 and given.width == c.width and given.iters == 1_000_000
+    assert not getattr(given, "captions", False)  # which would need maps that attend
     assert given.run == it.run(name) and (it.points or given.multipliers == c.multipliers)
     files.program = ""
 
