@@ -21,13 +21,14 @@ import math
 from collections import namedtuple
 from dataclasses import dataclass
 
+from common import early  # noqa: F401  first, since torch takes seconds
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import draws, flags, metrics, processes, runs, sampling, unet
 from common.draws import NOISE, START, STEP, sample_labels
-from common.files import inputs, stop
+from common.files import stop
 from common.flags import option
 from common.schedules import alpha_bar, posterior
 from common.unet import fourier_input, fourier_time
@@ -131,7 +132,7 @@ def places(step, half):
 def network(c):
     """The generator: net(x_t, t / c.T, label, z)."""
     if len(c.shape) == 1:
-        return PointsGenerator(c.shape[0], c.width, c.z)
+        return unet.fitting(c, lambda: PointsGenerator(c.shape[0], c.width, c.z))
     return unet.build(c, c.shape, c.shape[0], z_dim=c.z)
 
 
@@ -417,8 +418,8 @@ def train(c):
     """Both networks in turn (algorithm 1 of any GAN), each with its own t, noise and z."""
     data = runs.begin(c)  # sets c.shape, c.labels and the seed
     net = network(c).to(c.device)
-    with inputs():
-        critic = Discriminator(c.shape, c.width_d, c.labels)
+    critic = unet.fitting(c, lambda: Discriminator(c.shape, c.width_d, c.labels),
+                          "--width-d")
     critic = critic.to(c.device, memory_format=torch.channels_last)
     ema = runs.EMA(net, c.ema)
     fused = c.device.type != "mps"

@@ -32,11 +32,13 @@ a network of others' weights and a discriminator; without them fine texture is b
 """
 import copy
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import early  # noqa: F401  first, since torch takes seconds
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -69,7 +71,8 @@ class Config:
                              choices=("l2", "l1", "bernoulli"))
     width_ae: int = option(32, "channels of the autoencoder at full resolution, doubled at each "
                            "halving, at most four-fold", low=4, of_model=True)
-    blocks_ae: int = option(1, "residual blocks a level of the autoencoder", low=1, of_model=True)
+    blocks_ae: int = option(1, "residual blocks a level of the autoencoder", low=1, high=64,
+                            of_model=True)
     consistency: float = option(0.0, "weight of |z - e(D(z))|^2 beside the error: 1 / alpha of the "
                                 "walk's loss", low=0, of_model=True)
     share: float = option(0.3, "of the minutes, for the autoencoder", above=0, high=0.95,
@@ -699,7 +702,7 @@ def check(c):
     brought = sorted(c.given & {"autoencoder", "kl", "likelihood", "share", "consistency"})
     if c.init and brought:
         stop(f"--init brings a trained autoencoder: leave out --{brought[0]}")
-    if c.autoencoder and Path(c.autoencoder).resolve() == c.run.resolve():
+    if c.autoencoder and os.path.realpath(c.autoencoder) == os.path.realpath(c.run):
         stop("--autoencoder is the run itself: leave it out, or give another --run")
     if c.prior and c.latent == "vq":
         stop("--prior needs a model trained with --latent kl: codes have no prior")

@@ -24,6 +24,7 @@ worse.
 import math
 from dataclasses import dataclass
 
+from common import early  # noqa: F401  first, since torch takes seconds
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 

@@ -21,6 +21,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+from common import early  # noqa: F401  first, since torch takes seconds
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -244,8 +245,7 @@ def network(c):
     """U-Net, MLP or the paper's network, and the noise schedule."""
     channels = c.shape[0]
     if c.plain:
-        with inputs():
-            net = Plain(c, channels).to(memory_format=torch.channels_last)
+        net = unet.fitting(c, lambda: Plain(c, channels)).to(memory_format=torch.channels_last)
     elif len(c.shape) == 3:
         net = unet.build(c, c.shape, channels, fourier=c.fourier)
     else:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from common import flags
-from common.files import inputs, stop
+from common.files import stop
 from common.metrics import choice
 from common.progress import progress
-from common.unet import Block, Resample, norm
+from common.unet import Block, Resample, fitting, norm
 
 CHUNK = 2 ** 18  # pixels that are encoded or decoded at once: large maps take much memory
 KEPT = 2 ** 28  # bytes of latents that training keeps, rather than encode pictures at each update
@@ -143,9 +143,9 @@ class Autoencoder(nn.Module):
 
 def build(c):
     """The autoencoder by the flags, for pictures of c.shape."""
-    with inputs():
-        ae = Autoencoder(c.shape[0], c.channels, c.f, c.codes if c.latent == "vq" else 0,
-                         c.width_ae, c.blocks_ae, c.likelihood == "bernoulli")
+    ae = fitting(c, lambda: Autoencoder(
+        c.shape[0], c.channels, c.f, c.codes if c.latent == "vq" else 0, c.width_ae, c.blocks_ae,
+        c.likelihood == "bernoulli"), "--width-ae")
     return ae.to(memory_format=torch.channels_last)
 
 

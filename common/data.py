@@ -20,7 +20,9 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -33,12 +35,16 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from common import text, words
+from common.files import naming
 from common.progress import progress
 
-VERSION = 4  # of the cache's format and of the drawing: raise it when either changes
+VERSION = 5  # of the cache's format and of the drawing: raise it when either changes
 SMALLEST = 256  # hashes by which a set is known again
 LARGEST = 1 << 28  # bytes of one file in an archive; a larger one is not read
+MOST_UNPACKED, PACKED = 1 << 32, 100  # bytes of an archive's files, or so many times its size
+MOST_DRAWN = 256  # side of pictures that are drawn: 20,000 of them are kept
 MOST_TEXT = 1 << 20  # bytes of a caption's file
+BLOCK = 1 << 16  # bytes
 MOST_PIXELS = 178_956_970  # of one picture, Pillow's limit: decoded, in colour, 540 MB
 DRAFT = 20_000_000  # pixels from which on a JPEG is decoded at an eighth to a half of its side
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
@@ -179,7 +185,7 @@ class Dataset:
 
 def title(name):
     """What a data set is called: the last part of its path, without an archive's ending."""
-    last = Path(name).resolve().name
+    last = os.path.basename(os.path.realpath(name))
     for ending in sorted(ARCHIVES, key=len, reverse=True):
         if last.lower().endswith(ending):
             return last[:-len(ending)]
@@ -311,7 +317,9 @@ def _hash(content):
 def _source(name, root, size, seed, most=64):
     """Cached (images, labels, splits, hashes, about) of the pictures of that name or path."""
     drawn = (size or 16, seed)
-    path = Path(name).resolve()
+    path = Path(os.path.realpath(name))
+    if name in ("digits", "words", "stacked") and (size or 0) > MOST_DRAWN:
+        raise ValueError(f"--size {size}: {name} are drawn with a side of at most {MOST_DRAWN}")
     if name == "digits":
         return _cached(root, name, drawn, lambda _: (*_draw_digits(*drawn), None, DIGITS))
     if name == "words":
@@ -326,7 +334,7 @@ def _source(name, root, size, seed, most=64):
         base, called, key = root, name, (size,)
     elif not path.exists():
         raise ValueError(f"--data {path}: no such file or folder, nor {', '.join(NAMED)}")
-    elif path.is_file() and not path.name.lower().endswith(ARCHIVES):
+    elif not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
         raise ValueError(f"--data {path}: not a folder, .zip, .tar, .tar.gz or .tar.xz")
     else:
         files = [path]
@@ -339,7 +347,7 @@ def _source(name, root, size, seed, most=64):
     if name not in SOURCES and size:  # where that is the side it had by default, it is there
         for most in (32, 64):
             kept = _folder(root, called, (str(path), f"at most {most}", stamp))
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 if json.loads((kept / "about.json").read_text())["side"] == size:
                     key = str(path), f"at most {most}"
 
@@ -376,7 +384,7 @@ def _cached(root, name, key, make):
     """
     import numpy as np
     folder = _folder(root, name, key)
-    if not (folder / "about.json").exists():
+    if not _intact(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent,
                                          ignore_cleanup_errors=True) as temporary:
@@ -399,24 +407,32 @@ def _cached(root, name, key, make):
                 order = np.argsort(rank)[np.random.default_rng(0).permutation(n)]
                 splits = _tenth(np.asarray(labels), order)
             order = np.lexsort((rank, labels, splits))
-            # written, not mapped: a full disk is then an error, not a crash
-            with open(new / "images.npy", "wb") as out:
-                header = dict(descr="|u1", fortran_order=False, shape=(n, *images.shape[1:]))
-                np.lib.format.write_array_header_1_0(out, header)
-                out.writelines(images[places[i]].tobytes() for i in order)
-            np.save(new / "labels.npy", np.asarray(labels, np.int64)[order])
-            np.save(new / "splits.npy", np.asarray(splits, np.uint8)[order])
-            np.save(new / "hashes.npy", np.asarray(hashes, np.int64)[order])
+            tokens = None
             if captions:
                 about["vocabulary"] = text.vocabulary_of(captions)
                 most = max(len(text.words_of(caption)) for caption in captions)
                 longest = min(text.LONGEST, most)
                 tokens = text.numbers(captions, about["vocabulary"], longest)
-                np.save(new / "captions.npy", tokens.int().numpy()[order])
-            (new / "about.json").write_text(json.dumps(about))
+            with naming(folder):
+                # written, not mapped: a full disk is then an error, not a crash
+                with open(new / "images.npy", "wb") as out:
+                    header = dict(descr="|u1", fortran_order=False, shape=(n, *images.shape[1:]))
+                    np.lib.format.write_array_header_1_0(out, header)
+                    out.writelines(images[places[i]].tobytes() for i in order)
+                np.save(new / "labels.npy", np.asarray(labels, np.int64)[order])
+                np.save(new / "splits.npy", np.asarray(splits, np.uint8)[order])
+                np.save(new / "hashes.npy", np.asarray(hashes, np.int64)[order])
+                if tokens is not None:
+                    np.save(new / "captions.npy", tokens.int().numpy()[order])
+                about["sums"] = {file.name: _sum(file) for file in new.glob("*.npy")} \
+                    | {"about": _hash(json.dumps(about).encode())}
+                (new / "about.json").write_text(json.dumps(about))
             del images  # Windows removes no file that is mapped
-            with contextlib.suppress(OSError):  # another process was first
+            try:
                 new.rename(folder)
+            except OSError:
+                if not _intact(folder):  # else another process was first
+                    raise
     # it is read-only: a writable map may not be larger than memory
     with warnings.catch_warnings(action="ignore"):
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="r"))
@@ -427,6 +443,40 @@ def _cached(root, name, key, make):
     if "vocabulary" in about:
         about["captions"] = torch.from_numpy(np.load(folder / "captions.npy"))
     return images, labels, splits, hashes, about
+
+
+def _sum(path):
+    """Hex digits that change with a file: of its length, and of all of it but what is very long.
+
+    Of that it reads 256 blocks, evenly spread.
+    """
+    digest, size = hashlib.blake2b(digest_size=8), os.stat(path).st_size
+    digest.update(str(size).encode())
+    last = max(0, size - 1) // BLOCK
+    read = min(256, 1 + last)
+    with open(path, "rb") as file:
+        for i in range(read):  # the first and the last block among them
+            file.seek(i * last // max(1, read - 1) * BLOCK)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _intact(folder):
+    """Whether a set is cached there, and whole. A damaged one is told and removed."""
+    if not folder.exists():
+        return False
+    # what is not allowed, or fails for another reason of the system's, is no damage
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        about = json.loads((folder / "about.json").read_text())
+        sums = about.pop("sums")
+        whole = sums.pop("about") == _hash(json.dumps(about).encode())
+        if whole and all(_sum(folder / name) == digits for name, digits in sums.items()):
+            return True
+    print(f"{folder} is damaged: the data are read once more", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise OSError(f"{folder} is damaged and cannot be removed: remove it")
+    return False
 
 
 def _tenth(labels, order):
@@ -561,11 +611,14 @@ def _files(name, root):
 
 def _content(file):
     """What is in a file, raw or gzip; nothing if it is damaged."""
-    content = file.read_bytes()
+    with open(file, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
     try:
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error):
+        with (gzip.open if packed else open)(file, "rb") as unpacked:
+            content = unpacked.read(LARGEST + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         return b""
+    return content if len(content) <= LARGEST else b""
 
 
 def _fetch(name, stem, file):
@@ -686,22 +739,66 @@ def _walk(path, shut=None):
                 yield file.relative_to(path).as_posix(), size, file.read_bytes
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
+            unpacked = 0
             for info in archive.infolist():
+                unpacked += info.file_size
+                _plausible(path, unpacked)
                 name = info.filename.replace("\\", "/")  # as some programs on Windows write them
                 if not name.endswith("/"):
                     yield name, info.file_size, lambda: _unzipped(archive, info)
     else:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if not member.isdir():
-                    # of links, which have no size, nothing is read
-                    size = member.size if member.isfile() else 0
-                    yield member.name, size, lambda: archive.extractfile(member).read()
-            # tarfile stops at a damaged or missing header too: the end is a block of zeros, and
-            # zeros or nothing after it
-            file = archive.fileobj
-            if file.tell() < archive.offset + 512 or file.read(512).strip(b"\0"):
-                raise tarfile.ReadError("a header is damaged or missing")
+        try:
+            yield from _tarred(path)
+        except OSError as fault:
+            if fault.errno is None:  # the decompressors', and none of the system's
+                raise tarfile.ReadError(str(fault)) from None
+            raise
+
+
+def _tarred(path):
+    """(name, size, read function) of every file of a .tar, packed or not, to its last checksum."""
+    with open(path, "rb") as file:
+        begins = file.read(6)
+    marks = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
+    packed = next((way for mark, way in marks.items() if begins.startswith(mark)), open)
+    unpacked = 0
+    with packed(path, "rb") as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as archive:
+        for member in archive:
+            # counted before it is passed over, which unpacks it; less than nothing goes back
+            unpacked += 512 + member.size
+            if member.size < 0:
+                raise tarfile.ReadError("a size in it is absurd")
+            _plausible(path, unpacked)
+            if not member.isdir():
+                # of links, which have no size, nothing is read
+                size = member.size if member.isfile() else 0
+                yield member.name, size, lambda: archive.extractfile(member).read()
+        # tarfile stops at a damaged or missing header too: the end is a block of zeros, and zeros
+        # or nothing after it
+        if file.tell() < archive.offset + 512 or file.read(512).strip(b"\0"):
+            raise tarfile.ReadError("a header is damaged or missing")
+        for block in iter(lambda: file.read(1 << 20), b""):  # up to gzip's checksum
+            unpacked += len(block)
+            _plausible(path, unpacked)
+
+
+class _Bounded:
+    """A file of which no more than LARGEST bytes are read at once: tarfile believes its headers."""
+
+    def __init__(self, file):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size):
+        if not 0 <= size <= LARGEST:
+            raise tarfile.ReadError("a size in it is absurd")
+        return self.file.read(size)
+
+
+def _plausible(path, unpacked):
+    """ValueError where an archive's files have more bytes than pictures can have."""
+    if unpacked > max(MOST_UNPACKED, PACKED * os.stat(path).st_size):
+        raise ValueError(f"--data {path}: its files are more than {PACKED} times as large as it "
+                         "is: give the pictures as a folder")
 
 
 def _unzipped(archive, info):
@@ -974,6 +1071,8 @@ def read_pictures(paths, shape):
     pictures = []
     for path in paths:
         try:
+            if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+                raise ValueError("no file")
             with _open(path) as picture:
                 pixels = _pixels(picture, shape[-1], shape[0] == 1)
                 pictures.append(torch.from_numpy(pixels.copy()))

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import sys
 from difflib import get_close_matches
@@ -30,6 +31,7 @@ from common.processes import rank
 ACTIONS = dict(train="train the model, or finish training it", sample="draw samples",
                evaluate="judge samples against the data")
 ALL = " ".join(ACTIONS)
+MOST = 10 ** 9  # of any number that says no more of itself
 INIT = "give --init the checkpoint of a run"
 KINDS = {int: ("N", "a whole number"), float: ("X", "a number"),
          tuple: ("A,B", "whole numbers, e.g. 1,2"), str: ("TEXT", "text")}
@@ -44,7 +46,7 @@ def option(default, help, use="train", low=None, high=None, above=None, choices=
     use: the actions that read it; given without one of these, it is an error. What --train reads
     belongs to the model: a checkpoint keeps it.
     low, high: bounds that are allowed, and above: one that is not; high may name another flag,
-    which sets no bound where it is 0.
+    which sets no bound where it is 0. A number without one is at most MOST.
     part: of a tuple given as a,b,c; Path: any number of files. repeated: of a tuple whose parts
     are given one by one, by as many of the flag.
     acts: given alone, such a flag asks for --sample.
@@ -92,9 +94,10 @@ class Shared:
 class Unet:
     """The network's size. Points have an MLP, of which width alone is set."""
     width: int = option(0, "channels at full resolution", low=1, of_model=True)
-    multipliers: tuple = option((), "of the width, one for each level of the U-Net", low=1,
+    multipliers: tuple = option((), "of the width, one for each level of the U-Net", low=1, high=64,
                                 of_pictures=True, of_model=True)
-    blocks: int = option(0, "residual blocks a level", low=1, of_pictures=True, of_model=True)
+    blocks: int = option(0, "residual blocks a level", low=1, high=64, of_pictures=True,
+                         of_model=True)
     attention: tuple = option((), "sides of the maps that attend, where there are such; none: ''",
                               low=1, of_pictures=True, of_model=True)
     heads: int = option(0, "attention heads", low=1, needs="attention", of_pictures=True,
@@ -144,7 +147,7 @@ def text(value):
 
 def unfit(m, values):
     """The bound of an option's metadata that one of the values breaks, in words; None: they fit."""
-    high = math.inf if m["high"] is None or isinstance(m["high"], str) else m["high"]
+    high = MOST if m["high"] is None or isinstance(m["high"], str) else m["high"]
     for v in values:
         if isinstance(v, float) and not math.isfinite(v):
             return "finite"
@@ -443,8 +446,10 @@ def rules(c):
             absent = getattr(c, need) is False or getattr(c, need) == ""
             how, worth = ("without", "") if absent else ("with", f" {text(getattr(c, need))}")
             stop(f"{_flag(name)} does nothing {how} {_flag(need)}{worth}: leave it out")
-        for other in m["idles"].split() if getattr(c, name) is not False else ():
-            if other in c.given and getattr(c, other) != default(c, other):
+        on = getattr(c, name) not in (False, "")
+        for other in m["idles"].split() if on else ():
+            bare = other in c.fields and c.fields[other].metadata["part"] is Path  # needs no value
+            if other in c.given and (bare or getattr(c, other) != default(c, other)):
                 stop(f"{_flag(other)} does nothing with {_flag(name)}: leave it out")
         count = getattr(c, m["one_for_each"]) if m["one_for_each"] else None
         if count is not None and len(getattr(c, name)) not in (0, count):
@@ -481,6 +486,8 @@ def _paths(c):
         stop(f"--out {out}: unknown ending, use .png, .gif, .npz or a folder")
     if c.data in POINTS and not out.suffix:
         stop(f"--out {out}: points go into a .png, .gif or .npz")
+    if not out.suffix and os.path.isdir(out) and os.access(out, os.R_OK) and os.listdir(out):
+        stop(f"--out {out} holds files already, and samples would mix with them: give a new folder")
     if c.n > 256 and out.suffix == ".gif":
         stop(f"--n {c.n}: a .gif shows at most 256 samples")
     above = (out.parent if out.suffix else out, *out.parents)
@@ -501,8 +508,12 @@ def parse(method, groups, recipes, doc):
     """
     files.program = f"{method}.py"
     sys.excepthook = files.excepthook
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
+        # until Run takes it over, while it trains
+        signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
     parser = _parser(method, fields, recipes, doc)
+    dashed(sys.argv[1:])
     flagged = vars(parser.parse_args())
     flagged |= {name: tuple(value) for name, value in flagged.items() if isinstance(value, list)}
     actions = {name: flagged.pop(name) for name in ACTIONS if name in flagged}
@@ -525,9 +536,14 @@ def parse(method, groups, recipes, doc):
     elif rank() > 0:
         raise SystemExit(0)  # one process samples
     place(c)
-    # until Run takes it over, while it trains
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     return c
+
+
+def dashed(arguments):
+    """Stop for --flag=--, for which argparse sets no value but an empty list."""
+    for word in arguments:
+        if re.fullmatch(r"--[\w-]+=--", word):
+            stop(f"{word}: -- is no value")
 
 
 def settings(method, groups, recipes, **given):

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data, flags, words
-from common.files import inputs, written
+from common.files import inputs, save_tensors, unpickled, written
 from common.pictures import to_uint8
 from common.progress import progress
 
@@ -286,7 +286,7 @@ def digest(dataset):
 def _kept(path, key):
     """The dict kept in `path` under that key, or None."""
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        kept = unpickled(path)
         return kept if kept["key"] == key else None
     except FileNotFoundError:
         return None
@@ -302,9 +302,8 @@ _unkept = set()  # files that could not be written, each told once
 def _keep(path, kept):
     """Write the dict to `path`; where that fails, say so, once."""
     try:
-        with written(path) as temporary:
-            torch.save(kept, temporary)
-    except (OSError, RuntimeError) as error:  # a read-only data root costs time, not the result
+        save_tensors(path, kept)
+    except OSError as error:  # a read-only data root costs time, not the result
         if path not in _unkept:
             print(f"{path} cannot be kept, and will be made again next time: {error}",
                   file=sys.stderr)
@@ -861,11 +860,14 @@ def judge(c, draw, evaluations):
 def write_result(c, result):
     """Print the table and keep it as evaluation.json in the run, with how the samples were drawn.
 
-    Where it cannot be written, a full disk say, the program ends with one line.
+    That is the latest; each is evaluations/<network evaluations>-<seed>-<samples>.json too. Where
+    it cannot be written, a full disk say, the program ends with one line.
     """
     print(report(result))
     drawn = {name: getattr(c, name) for name, field in c.fields.items()
              if field.metadata["use"] == "sample evaluate" and name not in ("n", "steps")}
     kept = result | drawn | {"seed": c.seed}
-    with inputs(), written(c.run / "evaluation.json") as file:
-        file.write_text(json.dumps(kept, indent=2) + "\n")
+    own = f"{result['network evaluations']}-{c.seed}-{int(result['samples'])}.json"
+    for path in (c.run / "evaluations" / own, c.run / "evaluation.json"):
+        with inputs(), written(path) as file:
+            file.write_text(json.dumps(kept, indent=2) + "\n")

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -58,9 +59,13 @@ def curves(folder):
     """
     from matplotlib.figure import Figure
     path = Path(folder) / "metrics.csv"
-    table = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    try:
+        header, table = table_of(path) if path.exists() else ([], [])
+    except ValueError as fault:  # a program that writes into it is no reason to stop
+        print(fault, file=sys.stderr)
+        return
     panels = {}  # what is shown -> its columns
-    for name in table[0] if table else ():
+    for name in header:
         if name not in ("step", "seconds") and any(row[name] for row in table):
             panels.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
     if not panels:
@@ -88,6 +93,35 @@ def curves(folder):
         axes.remove()
     with written(Path(folder) / "loss.png") as file:
         figure.savefig(file, format="png")
+
+
+def table_of(path):
+    """metrics.csv as its header and its rows, dicts of texts, also where a spreadsheet wrote it.
+
+    Such a one has ";" or tabs between the numbers, commas in them, blank lines, a mark in front. A
+    last line without an end is half of one, and left out. ValueError where it is no table.
+    """
+    try:
+        return _table(Path(path).read_bytes().decode("utf-8-sig"))
+    except (ValueError, OverflowError, csv.Error) as fault:
+        raise ValueError(f"{path} cannot be read as a table ({fault})") from None
+
+
+def _table(text):
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith(("\n", "\r"))]
+    lines = [line for line in whole if line.strip(";,\t\r\n ")]
+    between = next((mark for mark in ";\t" if lines and mark in lines[0]), ",")
+    if between != ",":
+        lines = [line.replace(",", ".") for line in lines]
+    header, *rows = list(csv.reader(lines, delimiter=between)) or [[]]
+    header = [name for name in header if name]
+    table = []
+    for values in rows:
+        row = dict(zip(header, values + [""] * len(header)))
+        for value in filter(None, row.values()):
+            float(value)
+        table.append(row | {"step": str(int(float(row.get("step", ""))))})
+    return header, table
 
 
 def lines(path, x, named, xlabel, ylabel):

@@ -2,6 +2,7 @@
 
 It knows nothing of ours.
 """
+import contextlib
 import sys
 
 
@@ -11,11 +12,13 @@ class Lines:
 
     def write(self, text):
         text = text.replace("\r", "").replace("\x1b[A", "").strip()
-        if text:
-            sys.stderr.write(text + "\n")
+        with contextlib.suppress(OSError):  # who read it may be gone
+            if text:
+                sys.stderr.write(text + "\n")
 
     def flush(self):
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def progress(things=None, text="", leave=False, **more):

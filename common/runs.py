@@ -11,20 +11,24 @@
 It calls nothing back and knows no method: what is trained are objects with a state_dict.
 """
 import ast
+import contextlib
 import copy
 import csv
 import json
 import math
+import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import draws, flags, pictures, processes
+from common import draws, early, files, flags, pictures, processes
 from common.data import NAMED, judgeable, load, same
-from common.files import inputs, load_checkpoint, stop, written
+from common.files import MOST, inputs, load_checkpoint, lock, naming, save_tensors, stop, unlock
+from common.files import written
 from common.processes import rank, world
 from common.progress import progress
 
@@ -90,13 +94,71 @@ def compare(c, path, saved, now):
 
 
 def load_states(saved, path, **objects):
-    """Give each object the state of its name from a checkpoint. ValueError if one does not fit."""
+    """Give each object the state of its name from a checkpoint.
+
+    ValueError if one does not fit, before any of them is changed.
+    """
     try:
+        states = {name: _fitting(saved[name], thing) for name, thing in objects.items()}
         for name, thing in objects.items():
-            thing.load_state_dict(saved[name])
+            thing.load_state_dict(states[name])
     except Exception:
         raise ValueError(f"{path} is damaged, or does not fit this version of the network") \
             from None
+
+
+def _fitting(state, thing):
+    """An object's state from a file, in the form of what it will replace; else a ValueError."""
+    if isinstance(thing, torch.optim.Optimizer):
+        return _moments(state, thing)
+    if isinstance(thing, (torch.nn.Module, EMA)) and not _alike(state, thing.state_dict()):
+        raise ValueError("another form")
+    return state
+
+
+def _alike(a, b):
+    """Whether two values have one form: names, nesting, shapes and types; numbers are counts."""
+    if isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and \
+            (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in b)
+    return type(a) is type(b) is int and 0 <= a < MOST
+
+
+def _moments(saved, optimizer):
+    """An Adam's state from a file, laid out as its parameters are; ValueError if it does not fit.
+
+    Adam compares no shapes: it would write beyond the end of a short tensor. It reads memory in the
+    parameter's order, whatever the strides of a moment say, so each is copied into that order. What
+    a group says beside its parameters, the rates among it, is the script's and not the file's.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [g["params"] for g in groups]:
+        raise ValueError("other groups")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, moments in saved["state"].items():  # none of parameters without a gradient so far
+        p, step = parameters[i], moments["step"]
+        if type(i) is not int or i < 0 or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError("other names")
+        if (step.shape, step.dtype) != ((), torch.float32) or not 0 <= step < MOST:
+            raise ValueError("step")
+        state[i] = dict(step=step)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if (moments[name].shape, moments[name].dtype) != (p.shape, p.dtype):
+                raise ValueError(name)
+            state[i][name] = torch.empty_like(p, device="cpu").copy_(moments[name])
+    return dict(state=state, param_groups=groups)
+
+
+def _younger(c, path, saved, names):
+    """Say which of these flags a checkpoint does not know, and what they are worth then."""
+    missing = [name for name in names if name not in saved["config"] and name in c.defaults]
+    if missing and rank() == 0:
+        worth = ", ".join(f"--{name.replace('_', '-')} {flags.text(flags.default(c, name))}"
+                          for name in missing)
+        print(f"{path} is older than some flags, and goes by {worth}", file=sys.stderr)
 
 
 def trained(c, methods=None, also=()):
@@ -110,16 +172,20 @@ def trained(c, methods=None, also=()):
     c.checkpoint = c.checkpoint or str(c.run / "checkpoint.pt")
     with inputs():
         saved = load_checkpoint(c.checkpoint, methods or (c.method,))
-        given = dict(size=c.size, classes=sorted(c.classes))
+        given = dict(size=c.size, classes=sorted(c.classes))  # 0 and none ask for nothing
         if c.data in NAMED or "content" not in saved["data"]:
             given["data"] = c.name  # else who reads the pictures compares them
-        compare(c, c.checkpoint, saved, {k: v for k, v in given.items() if k in c.given})
-        for name in flags.trained_fields(c):
-            if name != "seed":  # samples have their own
-                setattr(c, name, _setting(c, saved, name))
+        compare(c, c.checkpoint, saved, {k: v for k, v in given.items() if v and k in c.given})
+        names = [name for name in flags.trained_fields(c) if name != "seed"]  # samples have theirs
+        for name in names:
+            setattr(c, name, _setting(c, saved, name))
+        if saved["method"] == c.method and "net" in saved:  # not of a first stage alone
+            _younger(c, c.checkpoint, saved, names)
         for name in also:
             if name in saved["config"]:
                 setattr(c, name, _setting(c, saved, name))
+    if "checkpoint" in c.given and "run" not in c.given:
+        c.run = _place(c, saved)
     c.data = c.data if "data" in c.given else saved["source"]
     c.chosen = tuple(saved["data"].get("chosen", c.classes))  # by --classes
     c.content = saved["data"].get("content")
@@ -131,12 +197,28 @@ def trained(c, methods=None, also=()):
     c.longest = saved["data"].get("longest", 0)
     flags.resolve(c)
     flags.rules(c)
+    if files.program and not c.train and own_threads(c):
+        most = torch.get_num_threads()
+        early.choose()
+        if torch.get_num_threads() < most:
+            print(early.told(), file=sys.stderr)
     if saved["method"] == c.method and differs(saved.get("script"), c.text):
         print(f"{c.method}.py has changed since {c.checkpoint} was trained: samples are drawn by "
               "today's text", file=sys.stderr)
     if not c.sheet:  # few points show no shape
         c.sheet = 64 if len(c.shape) == 3 or c.out.endswith(".gif") else 1000
     return c, saved
+
+
+def _place(c, saved):
+    """The folder for what is drawn from --checkpoint's file: its own run's, or one of its name."""
+    folder, file = os.path.split(os.path.realpath(c.checkpoint))
+    above, here = os.path.basename(folder), os.getcwd()
+    if file == "checkpoint.pt" and saved["method"] == c.method:
+        inside = folder.startswith(os.path.join(here, ""))
+        return Path(os.path.relpath(folder) if inside or folder == here else folder)
+    called = above if file == "checkpoint.pt" else f"{above}-{Path(file).stem}"
+    return Path("runs") / f"{c.method}-of-{called}"
 
 
 def _setting(c, saved, name):
@@ -275,7 +357,10 @@ def load_data(c, split="train"):
 
 
 def begin(c):
-    """Meet the other processes, load the data, set c.shape and c.labels, and seed. The Dataset."""
+    """Meet the other processes, load the data, set c.shape and c.labels, and seed. The Dataset.
+
+    From here to `end`, or until the loop ends early, no other program can train in c.run.
+    """
     if c.batch % world():
         stop(f"--batch {c.batch} cannot be split evenly among {world()} processes")
     processes.join(c.device)
@@ -292,8 +377,30 @@ def begin(c):
     c.conditional = c.conditional and len(data.classes) > 0  # --init's file may have had labels
     c.shape, c.labels = tuple(data.shape), len(data.classes) if c.conditional else 0
     _captions(c, data)
+    _lock(c)
     torch.manual_seed(c.seed)  # the networks' first weights
+    if files.program and own_threads(c):
+        early.choose()
     return data
+
+
+def _lock(c):
+    """Lock the run, or end all processes, of which one says why."""
+    fault = None
+    if rank() == 0:
+        try:
+            lock(c.run)
+        except (OSError, ValueError) as what:
+            fault = what
+    if processes.summed(torch.tensor(int(fault is not None), device=c.device)):
+        if fault:
+            stop(fault)
+        raise SystemExit(2)
+
+
+def own_threads(c):
+    """Whether threads of this process compute, as many as it likes: one process, and no GPU."""
+    return c.device.type == "cpu" and world() == 1
 
 
 def _captions(c, data):
@@ -321,6 +428,7 @@ def end(c, run, evaluations):
     processes.leave()
     if rank() != 0:
         raise SystemExit(0)
+    unlock()
     with inputs():
         pictures.curves(c.run)
     anything = run.step > run.began
@@ -340,6 +448,9 @@ LOG_EVERY = 10  # updates averaged in a row of metrics.csv
 SAVE_EVERY = 60.0  # seconds
 FIRST_SHEET, SHARE = 20.0, 0.03  # seconds; of them, what sheets may take
 CLOSING, LEAST = 0.2, 3.0  # of the seconds, what the closing sheet may take; at least so many
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+          if hasattr(signal, name)]  # Ctrl-C, kill, a closed terminal; Windows knows no SIGHUP
+LAP, SLOWER = 10.0, 4.0  # seconds of updates that are compared; times as long is worth a word
 FEW = 200  # updates, with fewer of which nothing is learned
 
 
@@ -358,9 +469,9 @@ class Run:
     with a run each; tell: whether to say what was read; only: of a stage that another one follows
     the flags that it reads; states: what a checkpoint holds beside the step, each with state_dict
     and load_state_dict. Inside the loop call run.log(loss=...) once in each update. The loop ends
-    at c.iters updates, after c.minutes of training in all, or at Ctrl-C or SIGTERM (then with a
-    checkpoint and exit status 130). A value that is not finite ends it too, naming the update, and
-    the last good checkpoint stays.
+    at c.iters updates, after c.minutes of training in all, or at Ctrl-C, SIGTERM or SIGHUP (then
+    with a checkpoint and exit status 130, once the update is done). A value that is not finite ends
+    it too, naming the update, and the last good checkpoint stays.
     """
 
     def __init__(self, c, data, share=1.0, tell=True, only=(), **states):
@@ -382,6 +493,7 @@ class Run:
         self.due, self.cost, self.paid, self.drawing = 0.0, None, 0.0, None  # of sheets: see shows
         self.columns, self.header, self.window, self.last = {}, [], [], {}
         self.interrupted = False
+        self.paces, self.lap = [], None  # seconds of an update, and since when: see _slower
         with inputs():
             if self.path.exists() and not c.fresh:
                 saved = load_checkpoint(self.path, (c.method,))
@@ -399,7 +511,13 @@ class Run:
                 compare(c, self.path, saved, {name: value for name, value in now.items()
                                               if name not in free})
                 load_states(saved, self.path, **states)
+                _younger(c, self.path, saved, self.config)
                 self.step, self.seconds = saved["step"], saved["seconds"]
+                self.paces.append(self.seconds / max(1, self.step))
+                if own_threads(c) and saved.get("threads"):
+                    said = early.restore(saved["threads"])
+                    if said and (only or not self._finished()):
+                        print(f"{c.run} {said}", file=sys.stderr)
                 self._changed(saved.get("script"))
             elif c.init:
                 said = initialise(c, data.classes, states)
@@ -427,9 +545,10 @@ class Run:
     def _tell(self):
         """Say what was read, and what was taken where there is no GPU."""
         print(f"{self.c.data}: {self.data.told()}", file=sys.stderr)
-        recipe = flags.full_recipe(self.c, self.data.capped)
-        if recipe:
-            print(recipe, file=sys.stderr)
+        threads = early.told() if own_threads(self.c) and self.began == 0 else ""
+        for line in (flags.full_recipe(self.c, self.data.capped), threads):
+            if line:
+                print(line, file=sys.stderr)
 
     def _begin(self):
         """Write config.json and script.py, and drop what lies after the last checkpoint.
@@ -437,12 +556,16 @@ class Run:
         That is what a killed run logged: it will be computed again.
         """
         import numpy
+        for name in (self.path.name, self.table.name, "config.json", "script.py", "loss.png"):
+            for left in self.c.run.glob(f".*-{name}"):  # .PID-name, by one that was killed
+                if left.name[1:].removesuffix(f"-{name}").isdigit():
+                    left.unlink(missing_ok=True)
         inner = ("given", "sheet", "fields", "defaults", "recipes", "instead", "shape", "text")
         settings = {name: value for name, value in vars(self.c).items() if name not in inner}
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         numpy=numpy.__version__)
         settings |= dict(data_shape=self.about["shape"], versions=versions, processes=world(),
-                         command=" ".join(sys.argv))
+                         threads=torch.get_num_threads(), command=" ".join(sys.argv))
         with written(self.c.run / "config.json") as file:
             file.write_text(json.dumps(settings, indent=2, default=str) + "\n")
         with written(self.c.run / "script.py") as file:
@@ -454,11 +577,9 @@ class Run:
             self.path.unlink(missing_ok=True)
             self.table.unlink(missing_ok=True)
         elif self.table.exists():
-            head, *rows = self.table.read_bytes().splitlines(keepends=True) or [b""]
-            kept = [r for r in rows if r.endswith(b"\n") and int(r.split(b",")[0]) <= self.step]
-            with written(self.table) as file:
-                file.write_bytes(head + b"".join(kept))
-            self.header = head.decode().strip().split(",") if head.strip() else []
+            self.header, rows = self._rows()
+            if self.header:
+                self._rewrite([row for row in rows if int(row["step"]) <= self.step])
 
     # ------------------------------------------------------------------- what an update reads
     def batch(self, step, drop=0.0):
@@ -494,16 +615,20 @@ class Run:
         if self._finished():
             return
         from tqdm import tqdm
-        handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        # what is ignored, as by nohup, stays so
+        handlers = {s: signal.signal(s, self._interrupt) for s in ENDING
+                    if signal.getsignal(s) is not signal.SIG_IGN}
         first, before, saved_at = self.step, self.seconds, self.seconds
         self.start = time.monotonic() - self.seconds
         self.due = next_sheet(self.seconds)
         self.began_at = before
         done = interrupted = paced = False
+        asked, heard, every = self.step, self.seconds, 1  # when the processes last agreed
         terminal = sys.stderr.isatty()
         bar = progress(text=str(self.c.run), leave=True, total=self.c.iters, initial=self.step,
                        disable=rank() != 0,
                        bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}")
+        fault = None
         lines = [bar]  # on a terminal two, where one is too short for all the numbers
         try:
             while not (done or interrupted):
@@ -516,6 +641,7 @@ class Run:
                     left = min((self.c.iters - self.step) / rate, self.limit - self.seconds)
                     where = f"{tqdm.format_interval(max(0, left))} left, " \
                             f"{rate * self.c.batch:.0f} images/s"
+                    self._slower()
                     numbers = self._flush()
                     if len(numbers) > 40 and terminal and not bar.disable:
                         if len(lines) == 1:
@@ -526,27 +652,34 @@ class Run:
                 bar.update()
                 if not paced:
                     paced = self._pace(first, before)
-                # several processes stop at the same update
-                if logs or self.step >= self.c.iters or world() == 1:
-                    done, interrupted = self._agree(self._finished(), self.interrupted)
+                # several processes stop at the same update, and agree on it about once a second
+                ready = self.step >= min(self.c.iters, asked + every)
+                if world() == 1 or ready:
+                    ms = 1000 * (self.seconds - heard) / (self.step - asked)
+                    done, interrupted, ms = self._agree(self._finished(), self.interrupted, ms)
+                    asked, heard = self.step, self.seconds
+                    every = max(1, min(LOG_EVERY, int(1000 / max(1, ms))))
                 if done or interrupted or logs and self.seconds - saved_at > SAVE_EVERY:
                     self._flush()
                     self.save()
                     saved_at = self.seconds
         except FloatingPointError as what:
-            for line in lines:
-                line.close()
-            kept = f"; {self.path} holds the last good state" if self.path.exists() else ""
-            stop(f"{what} is not finite{kept}. A smaller --lr usually helps, or --precision fp32")
+            fault = what
         finally:
             for line in lines:
                 line.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+            if not done:  # else another Run may follow
+                unlock()
+        if fault:
+            kept = f"; {self.path} holds the last good state" if self.path.exists() else ""
+            stop(f"{fault} is not finite{kept}. A smaller --lr usually helps, or --precision fp32")
         if interrupted:
-            if rank() == 0:
-                print(f"interrupted at update {self.step}; the same command goes on from there",
-                      file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                if rank() == 0:
+                    print(f"interrupted at update {self.step}; the same command goes on from "
+                          "there", file=sys.stderr)
             raise SystemExit(130)
 
     def _pace(self, first, before):
@@ -575,6 +708,27 @@ class Run:
                   f"minutes, and fewer than {FEW} learn little: give --minutes {minutes}"
                   + (f", or with --fresh {' or '.join(faster)}" if faster else ""))
         return True
+
+    def _slower(self):
+        """Say once that updates take several times as long as they did, by laps of LAP seconds.
+
+        A lap is compared with the two before it, since a method's own phases differ too; the
+        updates up to the first row are of none: what is done once is in them.
+        """
+        now = self.seconds - self.paid, self.step
+        self.lap = self.lap or now
+        seconds, updates = now[0] - self.lap[0], now[1] - self.lap[1]
+        if seconds < LAP:
+            return
+        each, before = seconds / updates, min(self.paces[-2:], default=math.inf)
+        if each > SLOWER * before:
+            remedy = "; with OMP_NUM_THREADS=1 before the same command it may go on faster"
+            self.warn(f"an update takes {each:.2g} s, {each / before:.0f} times as long as it did: "
+                      "other programs may keep the processor busy"
+                      + (remedy if own_threads(self.c) and torch.get_num_threads() > 1 else ""))
+            now = math.inf, 0  # once
+        self.lap = now
+        self.paces.append(each)
 
     def _interrupt(self, number, frame):
         # a second Ctrl-C does not wait for the update to end
@@ -647,14 +801,28 @@ class Run:
         there = self.table.exists()
         new = [name for name in row if name not in self.header]
         if new or not there:
-            old = list(csv.DictReader(self.table.read_text().splitlines())) if there else []
+            old = self._rows()[1] if there else []
             self.header += new
-            with written(self.table) as file, open(file, "w", newline="") as out:
-                rows = csv.DictWriter(out, self.header, extrasaction="ignore")
-                rows.writeheader()
-                rows.writerows(old)
-        with open(self.table, "a", newline="") as out:
+            self._rewrite(old)
+        with naming(self.table), open(self.table, "a", newline="") as out:
             csv.DictWriter(out, self.header).writerow(row)
+
+    def _rows(self):
+        """The header and the rows of metrics.csv; what is no table is put aside, with a word."""
+        try:
+            return pictures.table_of(self.table)
+        except ValueError as fault:
+            aside = self.table.with_name(f"metrics-before-{self.step}.csv")
+            os.replace(self.table, aside)
+            print(f"{fault}: it is kept as {aside}, and a new one begins", file=sys.stderr)
+            return [], []
+
+    def _rewrite(self, rows):
+        """Write metrics.csv anew, with these rows."""
+        with written(self.table) as file, open(file, "w", newline="") as out:
+            table = csv.DictWriter(out, self.header)
+            table.writeheader()
+            table.writerows(rows)
 
     def shows(self, evaluations):
         """How many samples a sheet may have now; 0 where none is due, or another process draws it.
@@ -717,7 +885,8 @@ class Run:
         """
         if message and rank() == 0:
             from tqdm import tqdm
-            tqdm.write(f"update {self.step}: {message}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                tqdm.write(f"update {self.step}: {message}", file=sys.stderr)
 
     def save(self):
         """Write checkpoint.pt: all or nothing, and no weights that are not finite."""
@@ -728,10 +897,8 @@ class Run:
         if rank() != 0:
             return
         saved = dict(method=self.c.method, config=self.config, data=self.about, source=self.c.data,
-                     step=self.step, seconds=self.seconds, script=self.c.text)
+                     step=self.step, seconds=self.seconds, script=self.c.text,
+                     threads=torch.get_num_threads() if own_threads(self.c) else 0)
         saved |= {name: thing.state_dict() for name, thing in self.states.items()}
-        with inputs(), written(self.path) as file:
-            try:
-                torch.save(saved, file)
-            except RuntimeError as fault:  # PyTorch's word for a full disk
-                raise OSError(fault) from None
+        with inputs():
+            save_tensors(self.path, saved)

@@ -29,8 +29,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
+from common import early  # first, since torch takes seconds
 import torch
 
 from common import data, files, flags, metrics
@@ -46,15 +47,16 @@ FULL = 15.0  # minutes; below, there is time for one seed and these
 SHORT = (1, 4, 20, 50)
 JUDGING = 1.0  # of the training's time, at most
 LEAST_SQUARES = 0.4  # of ddgan.py's updates, at most
-TRIAL = 0.12  # minutes to learn ddgan.py's pace in
+TRIAL, LONGER = 0.12, 0.5  # minutes to learn ddgan.py's pace in: a thirtieth, between these two
 STRIP = 12  # pictures of each method
 
 
 @dataclasses.dataclass
 class Method:
-    """A script and its flags; the paper; the steps of GRID that it can take, and is shown with."""
+    """A script, its paper on arXiv, the steps of GRID that it can take and is shown with, flags."""
     script: str
     paper: str
+    arxiv: str
     steps: tuple
     shown: int
     flags: tuple = ()
@@ -64,13 +66,15 @@ class Method:
 
 
 METHODS = {
-    "ddpm": Method("ddpm.py", "Ho 2020", GRID, 250, bits=True),
-    "ddim": Method("ddim.py", "Song 2020", GRID, 50),
-    "vdm": Method("vdm.py", "Kingma 2021", GRID, 50, of_pictures=("--no-plain",), bits=True),
-    "ddgan": Method("ddgan.py", "Xiao 2021", (4,), 4, ("--T", "4")),
-    "ldm": Method("ldm.py", "Rombach 2021", GRID, 50, of_pictures=("--no-captions",), points=False),
-    "shortcut_mcmc": Method("shortcut_mcmc.py", "Chen 2023", GRID[:-1], 20),  # 200 at most
-    "gan": Method("ddgan.py", "Goodfellow 2014", (1,), 1, ("--T", "1")),
+    "ddpm": Method("ddpm.py", "Ho 2020", "2006.11239", GRID, 250, bits=True),
+    "ddim": Method("ddim.py", "Song 2020", "2010.02502", GRID, 50),
+    "vdm": Method("vdm.py", "Kingma 2021", "2107.00630", GRID, 50, of_pictures=("--no-plain",),
+                  bits=True),
+    "ddgan": Method("ddgan.py", "Xiao 2021", "2112.07804", (4,), 4, ("--T", "4")),
+    "ldm": Method("ldm.py", "Rombach 2021", "2112.10752", GRID, 50,
+                  of_pictures=("--no-captions",), points=False),
+    "shortcut_mcmc": Method("shortcut_mcmc.py", "Chen 2023", "2301.01206", GRID[:-1], 20),  # of 200
+    "gan": Method("ddgan.py", "Goodfellow 2014", "1406.2661", (1,), 1, ("--T", "1")),
 }
 
 
@@ -151,18 +155,22 @@ class Contest:
                 stop(f"{self.data} has too few pictures to compare methods by: {lacks[0]}")
             self.points = train.images is None
             self.size = None if named else train.shape[-1]
-            content = train.content() or {"digest": self.points or metrics.digest(train)}
-            known = read(self.folder / "data.json")
-            if known and known != content:
-                stop(f"{self.folder} was made with other data than {self.data} has now: move it "
-                     "away, or give other --minutes")
-            keep(self.folder / "data.json", content)
+            self.remember(train)
             if not self.points:  # made now, lest its time be counted as judging
                 source = "digits" if self.data == "stacked" else self.data
                 net, _, _ = metrics.classifier(source, self.root, train.shape[-1],
                                                device=self.device)
                 metrics.references(net, train, test, self.n, self.root, self.device)
         self.names = [name for name in given.methods if METHODS[name].points or not self.points]
+
+    def remember(self, train):
+        """Keep in the folder which data these are; stop where it was made with others."""
+        content = train.content() or {"digest": self.points or metrics.digest(train)}
+        known = read(self.folder / "data.json")
+        if known and known != content:
+            stop(f"{self.folder} was made with other data than {self.data} has now: move it away, "
+                 "or give other --minutes")
+        keep(self.folder / "data.json", content)
 
     def run(self, name):
         return self.folder / name
@@ -212,7 +220,8 @@ class Contest:
         kept = read(self.folder / "pace.json")
         if not kept:
             _, recipe = self.trial(TRIAL / 100)
-            each, _ = self.trial(TRIAL, "--pretrain", "0")
+            minutes = max(TRIAL, min(LONGER, self.minutes / 30))
+            each, _ = self.trial(minutes, "--pretrain", "0")
             kept = {"seconds": each, "pretrain": recipe["pretrain"], "decay": recipe["decay"]}
             keep(self.folder / "pace.json", kept)
         fit = int(60 * 0.95 * self.minutes / kept["seconds"])  # a twentieth is for sheets
@@ -222,7 +231,10 @@ class Contest:
         return result + (["--decay", fit] if kept["decay"] else [])
 
     def trial(self, minutes, *more):
-        """Seconds that an update of ddgan.py takes after the first ten, and its settings."""
+        """Seconds that an update of ddgan.py takes after the first ten, and its settings.
+
+        It is the median of every ten: a moment's other work on the machine does not count.
+        """
         run = self.folder / "trial"
         start(*self.training("ddgan.py", run, minutes), "--fresh", "--T", "4", *more, quiet=True)
         settings, rows = read(run / "config.json"), []
@@ -231,9 +243,9 @@ class Contest:
         shutil.rmtree(run)
         if len(rows) < 2:  # a slow machine
             return 60 * minutes / max(1, int(rows[-1]["step"]) if rows else 1), settings
-        seconds, updates = (float(rows[-1][key]) - float(rows[0][key]) for key in
-                            ("seconds", "step"))
-        return seconds / updates, settings
+        times = [(float(row["seconds"]), int(row["step"])) for row in rows]
+        paces = [(b - a) / (j - i) for (a, i), (b, j) in zip(times, times[1:])]
+        return median(paces), settings
 
     def trained(self, name):
         """Whether a method has been trained to its end here."""
@@ -335,6 +347,7 @@ class Contest:
         path = self.run(name) / "evaluation.json"
         result = {key: value for key, value in read(path).items() if "bits" in key}
         path.unlink()  # of six samples
+        shutil.rmtree(self.run(name) / "evaluations", ignore_errors=True)
         return result
 
     # --------------------------------------------------------------------------------- the result
@@ -475,7 +488,8 @@ def short(result, links=""):
         if row["shown"]:
             method = METHODS[row["method"]]
             flags = f" `{' '.join(method.flags)}`" if row["method"] == "gan" else ""
-            lines.append((f"[`{row['script']}`]({links}{row['script']}){flags}", method.paper,
+            lines.append((f"[`{row['script']}`]({links}{row['script']}){flags}",
+                          f"[{method.paper}](https://arxiv.org/abs/{method.arxiv})",
                           row["evaluations"], spread(row[distance(row)]),
                           f"{mean(row['recall']):.2f}", number(mean(row["ms"]))))
     name, floor = "FCD", 0.0
@@ -614,6 +628,7 @@ def parse(arguments=None):
     parser.add_argument("--out", default="", help="folder of the table and the pictures; default "
                         "that of the runs")
     parser.error = stop
+    flags.dashed(sys.argv[1:] if arguments is None else arguments)
     given = parser.parse_args(arguments)
     names = [name for name in given.methods.split(",") if name]
     unknown = [name for name in names if name not in METHODS]
@@ -631,7 +646,11 @@ def main(arguments=None):
     """The command; ends with exit status 1 where something could not be judged."""
     files.program = "trilemma"
     given = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(s) is not signal.SIG_IGN:
+            signal.signal(s, signal.default_int_handler)
+    early.choose()  # once for all that is compared
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     try:
         contest = Contest(given)
         out = Path(given.out or contest.folder)

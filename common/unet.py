@@ -12,6 +12,7 @@ A residual U-Net as in Ho 2020, with Nichol 2021's adaptive group norm: time sca
 second norm of each block. It knows no method; build() reads the flags of its parameters' names.
 """
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +31,45 @@ def build(c, shape, outputs, **more):
     outputs: channels of the result; more: further parameters of UNet or MLP, as z_dim. Ends the
     program with one line where the flags make no network.
     """
-    with inputs():
+    def made():
         if len(shape) == 1:
             return MLP(shape[0], outputs, c.width, classes=c.labels, **more)
-        net = UNet(shape[0], outputs, shape[-1], c.width, c.multipliers, c.blocks, c.attention,
-                   c.heads, c.labels, resample=c.resample, **more)
-        return net.to(memory_format=torch.channels_last)  # spares a copy at each convolution
+        return UNet(shape[0], outputs, shape[-1], c.width, c.multipliers, c.blocks, c.attention,
+                    c.heads, c.labels, resample=c.resample, **more)
+    net = fitting(c, made)
+    # which spares a copy at each convolution
+    return net if len(shape) == 1 else net.to(memory_format=torch.channels_last)
+
+
+def fitting(c, make, width="--width"):
+    """The module that make() returns, if there is memory for it; else the program ends with a line.
+
+    Its parameters are counted first, without any memory: four bytes each to sample, and twenty to
+    train, with the mean, the gradient and Adam's two moments. width: the flag that it grows with.
+    """
+    with inputs():
+        many, there = 0, _memory(c.device)
+        try:
+            with torch.device("meta"):
+                many = sum(p.numel() for p in make().parameters())
+        except RuntimeError as fault:
+            # a tensor of more bytes than can be counted; what else is wrong will show itself below
+            many = math.inf if "overflow" in str(fault) else 0
+        needs = (20 if c.train else 4) * many
+        if needs > there:
+            raise ValueError(f"the network takes {needs / 1e9:,.0f} GB, and there are "
+                             f"{there / 1e9:,.0f}: give a smaller {width}")
+        return make()
+
+
+def _memory(device):
+    """Bytes of the device's memory, or of the machine's; inf where no one says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def fourier_time(t, dim):

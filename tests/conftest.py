@@ -49,6 +49,8 @@ def from_python(monkeypatch):
     monkeypatch.setattr(files, "program", "")
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)  # parse sets its own
+    files.unlock()
+    torch.set_num_threads(1)
 
 
 def settings(script, **changes):
@@ -93,6 +95,7 @@ def run(folder, script, *given, code=0):
     finally:
         sys.argv = argv
         files.program = ""
+        files.unlock()  # which the end of a process would do
     assert status == code, err.getvalue()[-2000:]
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 

@@ -2,6 +2,8 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
+import lzma
 import os
 import re
 import struct
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 import zlib
 
@@ -834,6 +837,9 @@ def test_a_set_larger_than_memory(tmp_path, root):
             f.truncate(f.tell() + (5 << 38))
             f.seek(-(1 << 38) - 1, 2)
             f.write(b"\5")
+        kept = json.loads((file.parent / "about.json").read_text())
+        kept["sums"]["images.npy"] = data._sum(file)
+        (file.parent / "about.json").write_text(json.dumps(kept))
     except OSError:
         pytest.skip("this file system has no files of a terabyte with holes")
     try:
@@ -841,6 +847,147 @@ def test_a_set_larger_than_memory(tmp_path, root):
         assert images.shape == (4, 1, 1 << 19, 1 << 19) and images[3, 0, -1, -1] == 5 and images[2, 0, 5, 5] == 0
     finally:
         file.unlink()
+
+
+def cut(file, content):
+    return content[:len(content) // 2]
+
+
+def changed(file, content):
+    middle = len(content) - 9
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
+def another_s(file, content):
+    """Of the same length, with the values in another order."""
+    return content[:128] + content[128:][::-1] if file.suffix == ".npy" else content.replace(b"cat", b"cow")
+
+
+DAMAGE = {"cut": cut, "changed": changed, "empty": lambda *_: b"", "another's": another_s,
+          "text": lambda *_: b"[]", "an empty table": lambda *_: b"{}"}
+
+
+@pytest.mark.parametrize("name", ("images.npy", "labels.npy", "splits.npy", "hashes.npy", "captions.npy", "about.json"))
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_cache_is_told_and_made_anew(name, how, tmp_path, root, capsys):
+    texts = {f"train/{kind}/{i}.txt": f"a {kind} {i}".encode() for kind in ("cat", "dog") for i in range(5)}
+    tree = {f"{split}/{kind}/{i}.png": encoded(rng.integers(0, 256, (8, 8), np.uint8))
+            for split in ("train", "test") for kind in ("cat", "dog") for i in range(5)}
+    source = folder(tmp_path / "s", tree | texts)
+    before = [data.load(source, root, split=split) for split in ("train", "test")]
+    (file,) = (root / "cached").glob(f"*/{name}")
+    content = file.read_bytes()
+    kept = [(each.images.clone(), each.labels.clone(), each.captions.clone()) for each in before]
+    damaged = DAMAGE[how](file, content)
+    assert damaged != content
+    del before
+    file.unlink()  # what is mapped is not changed
+    file.write_bytes(damaged)
+    capsys.readouterr()
+    for again in range(2):
+        for split, (images, labels, captions) in zip(("train", "test"), kept):
+            there = data.load(source, root, split=split)
+            assert torch.equal(there.images, images) and torch.equal(there.labels, labels)
+            assert torch.equal(there.captions, captions) and there.classes == ["cat", "dog"]
+        told = capsys.readouterr().err
+        assert told.count("is damaged: the data are read once more") == (again == 0)
+
+
+def test_a_long_file_s_sum_reads_its_ends_and_parts_of_it(tmp_path):
+    """16 MiB at most; all of a file of that length."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(300 * data.BLOCK + 5))
+    whole = data._sum(path)
+    for place, seen in ((0, True), (300 * data.BLOCK + 4, True), (-1, True)):
+        with open(path, "r+b") as file:
+            file.seek(place) if place >= 0 else file.seek(0, 2)
+            file.write(b"x")
+        assert (data._sum(path) != whole) == seen
+        whole = data._sum(path)
+    short = tmp_path / "b"
+    short.write_bytes(bytes(40 * data.BLOCK))
+    sums = set()
+    for place in range(0, 40 * data.BLOCK, data.BLOCK // 2):
+        with open(short, "r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        sums.add(data._sum(short))
+    assert len(sums) == 80
+
+
+# --------------------------------------------------------------------------------------------------- hostile files
+def test_a_pipe_is_no_data(tmp_path, root):
+    """Which would be waited for."""
+    for name in ("p", "p.zip", "p.tar.gz"):
+        os.mkfifo(tmp_path / name)
+        fails(tmp_path / name, root, match="not a folder, .zip, .tar, .tar.gz or .tar.xz")
+    with pytest.raises(ValueError, match="p is not a picture that can be read"):
+        data.read_pictures([tmp_path / "p"], (1, 4, 4))
+
+
+def test_a_link_to_itself_is_one_line(tmp_path, root):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    fails(tmp_path / "a", root, match="no such file or folder")
+    assert data.title(tmp_path / "a") == "a"
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """A tar's header that says so many bytes follow."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+ABSURD = {"a picture": header("b.png", 1 << 60), "a text": header("b.txt", 1 << 60),
+          "less than nothing": header("b.txt", -1024), "a name": header("b", 1 << 60, tarfile.GNUTYPE_LONGNAME),
+          "a name of less than nothing": header("b", -512, tarfile.GNUTYPE_LONGNAME),
+          "further words": header("b", 1 << 40, tarfile.XHDTYPE)}
+
+
+@pytest.mark.parametrize("what", ABSURD)
+@pytest.mark.parametrize("end", (".tar", ".tar.gz", ".tar.xz"))
+def test_absurd_sizes_in_an_archive_are_not_followed(what, end, tmp_path, root):
+    """They are told at once, with little memory."""
+    member = tarfile.TarInfo("a.png")
+    content = encoded(1)
+    member.size = len(content)
+    body = member.tobuf() + content + bytes(-len(content) % 512) + ABSURD[what] + bytes(2048)
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(end[-3:], bytes)
+    (tmp_path / f"s{end}").write_bytes(pack(body))
+    began = time.monotonic()
+    fails(tmp_path / f"s{end}", root, match="damaged|more than 100 times as large")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("end", (".zip", ".tar.gz", ".tar.xz", "after the end"))
+def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(end, tmp_path, root, monkeypatch):
+    monkeypatch.setattr(data, "MOST_UNPACKED", 1 << 22)
+    if end == "after the end":
+        source = archive(tmp_path / "s.tar", {"a.png": encoded(1)})
+        source = tmp_path / "s.tar.gz"
+        source.write_bytes(gzip.compress((tmp_path / "s.tar").read_bytes() + bytes(1 << 23)))
+    else:
+        source = archive(tmp_path / f"s{end}", {"a.png": encoded(1), "b.txt": bytes(1 << 23), "c.png": encoded(2)})
+    fails(source, root, match="more than 100 times as large as it is: give the pictures as a folder")
+    monkeypatch.setattr(data, "MOST_UNPACKED", 1 << 26)
+    assert data.load(source, root).left_out.keys() <= {".txt"}
+
+
+@pytest.mark.parametrize("end", (".tar.gz", ".tar.xz"))
+def test_a_changed_byte_in_a_packed_archive_is_damage(end, tmp_path, root):
+    """Where the picture would decode all the same: of a BMP, and the checksum itself."""
+    picture = encoded(rng.integers(0, 256, (40, 40, 3), np.uint8), "bmp")
+    whole = archive(tmp_path / f"whole{end}", {"a.bmp": picture}).read_bytes()
+    for place in (len(whole) // 2, len(whole) - 6):
+        content = bytearray(whole)
+        content[place] ^= 4
+        (tmp_path / f"s{end}").write_bytes(content)
+        fails(tmp_path / f"s{end}", root, match="damaged|no picture")
+
+
+def test_drawn_pictures_have_a_largest_side(root):
+    for name in ("digits", "words", "stacked"):
+        fails(name, root, size=257, match=f"--size 257: {name} are drawn with a side of at most 256")
 
 
 # --------------------------------------------------------------------------------------------------- read_pictures

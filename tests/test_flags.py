@@ -8,6 +8,9 @@ import torch
 import ddgan
 import ddim
 import ddpm
+import ldm
+import shortcut_mcmc
+import vdm
 from common import flags
 from common.flags import option
 
@@ -99,6 +102,33 @@ class Ruled:
     sampled: int = option(0, "of models with on", "sample", needs="on")
     counted: int = option(0, "with T", needs="T")
     alone: bool = option(False, "idles steps", "sample", idles="steps seed")
+
+
+@pytest.mark.parametrize("script", (ddpm, ddim, ddgan, ldm, vdm, shortcut_mcmc),
+                         ids=lambda script: script.__name__)
+def test_a_default_that_is_given_is_as_if_it_were_not(script, monkeypatch):
+    """And "--" is the value of no flag: argparse would make an empty list of it."""
+    name, groups = script.__name__, (*script.FLAGS, flags.Shared)
+    fields = {f.name: f for group in groups for f in dataclasses.fields(group)}
+    for action in ("--train", "--sample"):
+        bare = vars(parsed(script, action, monkeypatch))
+        for field in fields.values():
+            use, value = field.metadata["use"], bare[field.name]
+            if action[2:] not in use or field.metadata["acts"] or isinstance(value, bool) \
+                    or field.metadata["needs"] \
+                    or flags.unfit(field.metadata, value if isinstance(value, tuple) else (value,)):
+                continue  # 0 for what is settled later cannot be given
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", action, "--" + field.name.replace(
+                "_", "-"), flags.text(value) if value != () else ""])
+            c = vars(flags.parse(name, script.FLAGS, script.RECIPES, ""))
+            for key in bare.keys() - {"given", "instead", "iters", "minutes"}:
+                assert c[key] == bare[key], (field.name, key)
+    for field in fields.values():
+        flag = "--" + field.name.replace("_", "-")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--train", f"{flag}=--"])
+        with pytest.raises(SystemExit) as stopped:
+            flags.parse(name, script.FLAGS, script.RECIPES, "")
+        assert stopped.value.code == 2
 
 
 @pytest.mark.parametrize("given,words", [

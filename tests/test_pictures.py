@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from common import pictures
 
@@ -57,3 +57,16 @@ def test_curves_draw_every_column(tmp_path):
     assert many.size == (1200, 2 * one)
     blue = (np.asarray(many)[:one, :600] == (31, 119, 180)).all(-1)
     assert blue.any() and np.ptp(np.nonzero(blue)[0]) <= 2
+
+
+def test_each_frame_of_a_colour_gif_has_colours_of_its_own(tmp_path):
+    """The mean error is of a palette made for the frame; one for the web would have 15 of 255."""
+    ramp = torch.linspace(-1, 1, 64)
+    one = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), -ramp.expand(64, 64)])
+    two = one.flip(0) * 0.4 + 0.6
+    path = pictures.save(tmp_path / "a.gif", one[None], frames=[two[None], one[None]])
+    with Image.open(path) as gif:
+        shown = [np.asarray(frame.convert("RGB")).astype(float) for frame in ImageSequence.Iterator(gif)]
+    for frame, x in zip(shown, (two, one)):
+        want = np.asarray(pictures.grid(pictures.to_uint8(x[None]))).astype(float)
+        assert frame.shape == want.shape and abs(frame - want).mean() < 5

@@ -94,9 +94,9 @@ def test_commands(place):
             run(place, name, *given, "--n", "6", "--steps", "2")
         else:
             few = ["--walk", "3"] if "--walk" in given else []
-            few += [] if "--n" in given or "--encode" in given else ["--n", "4"]
+            few += [] if {"--n", "--encode", "--interpolate"} & {*given} else ["--n", "4"]
             run(place, name, *given, *few)
-    for made in ("walk.gif", "latents.npz", "one/00000.png", "runs/labels"):
+    for made in ("walk.gif", "latents.npz", "two/00001.png", "runs/labels"):
         assert (place / made).exists(), made
 
 

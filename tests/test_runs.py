@@ -1,11 +1,15 @@
 """common/runs.py: weights, checkpoints, the run in its folder; and several processes."""
+import copy
 import csv
 import json
 import math
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -86,8 +90,82 @@ def test_bad_checkpoints_are_named_and_nothing_in_them_runs(content, tmp_path, m
 def checkpoint(path, config, **more):
     """A file as Run.save leaves it, without weights."""
     data = dict(data="digits", shape=[1, 4, 4], classes=["a", "b"])
-    torch.save(dict(method="ddpm", config=config, data=data, source="digits", step=1) | more, path)
+    torch.save(dict(method="ddpm", config=config, data=data, source="digits", step=1,
+                    seconds=1.0) | more, path)
     return str(path)
+
+
+def adam(channels_last=False):
+    """A network with moments in an Adam."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.9), fused=True)
+    learn(net, optimizer)
+    return net, optimizer
+
+
+def learn(net, optimizer):
+    optimizer.zero_grad()
+    net(torch.ones(2, 3, 3, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def test_moments_come_back_in_the_order_of_the_parameters():
+    """Whatever their strides in the file; rates and betas are the script's."""
+    net, optimizer = adam(channels_last=True)
+    saved = dict(net=copy.deepcopy(net.state_dict()),
+                 optimizer=copy.deepcopy(optimizer.state_dict()))
+    for moments in saved["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = moments[name].clone(memory_format=torch.contiguous_format)
+    saved["optimizer"]["param_groups"][0] |= dict(betas=(0.1, 0.1), lr=9.0, amsgrad=True)
+    again, optimizer_2 = adam(channels_last=True)
+    learn(again, optimizer_2)
+    runs.load_states(saved, "a.pt", net=again, optimizer=optimizer_2)
+    assert optimizer_2.param_groups[0]["betas"] == (0.5, 0.9)
+    learn(net, optimizer)
+    learn(again, optimizer_2)
+    for one, two in zip(net.parameters(), again.parameters()):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("how", ["short", "long", "a number", "float64", "missing", "more",
+                                 "no Tensor", "step", "key", "groups", "weight", "buffer", "count"])
+def test_states_that_do_not_fit_are_told_before_any_is_loaded(how):
+    """Adam compares no shapes: a short moment would be written beyond its end."""
+    net, optimizer = adam()
+    ema = runs.EMA(net, 0.9)
+    saved = copy.deepcopy(dict(net=net.state_dict(), ema=ema.state_dict(),
+                               optimizer=optimizer.state_dict()))
+    state = saved["optimizer"]["state"]
+    first = state[0]["exp_avg"]
+    odd = {"short": first[:2], "long": torch.cat([first, first]), "a number": torch.tensor(0.0),
+           "float64": first.double(), "no Tensor": 3.0}
+    if how in odd:
+        state[0]["exp_avg"] = odd[how]
+    elif how == "missing":
+        del state[0]["exp_avg_sq"]
+    elif how == "more":
+        state[0]["max_exp_avg_sq"] = first
+    elif how == "step":
+        state[0]["step"] = torch.tensor(-1.0)
+    elif how == "key":
+        state[-1] = state.pop(0)
+    elif how == "groups":
+        saved["optimizer"]["param_groups"][0]["params"] = [0, 1]
+    elif how == "weight":
+        saved["net"]["0.bias"] = torch.zeros(5)
+    elif how == "buffer":
+        saved["net"]["0.bias"] = torch.zeros(4, dtype=torch.int64)
+    else:
+        saved["ema"]["updates"] = -10
+    saved["net"]["2.bias"] = torch.full((2,), 7.0)
+    kept = copy.deepcopy([*net.state_dict().values(), optimizer.state_dict()])
+    with pytest.raises(ValueError, match="^a.pt is damaged, or does not fit this version"):
+        runs.load_states(saved, "a.pt", net=net, ema=ema, optimizer=optimizer)
+    assert_close([*net.state_dict().values(), optimizer.state_dict()], kept, atol=0, rtol=0)
 
 
 def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path):
@@ -107,10 +185,12 @@ def test_a_checkpoint_sets_what_training_set_and_no_more(tmp_path):
             read(config | dict(conditional=True))
 
 
-def test_what_a_checkpoint_does_not_know_has_the_default(tmp_path):
+def test_what_a_checkpoint_does_not_know_has_the_default_and_is_told(tmp_path, capsys):
     """The default of row "", not the recipe's of today: it was trained before there was one."""
-    path = checkpoint(tmp_path / "c.pt", dict(conditional=True))
+    path = checkpoint(tmp_path / "c.pt", dict(conditional=True), net={})
     c, _ = runs.trained(script_settings(ddpm, checkpoint=path, guidance=2))
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path} is older than some flags, and goes by --T 1000, ")
     assert c.width == ddpm.RECIPES[""]["width"] != ddpm.RECIPES["digits"]["width"]
     assert c.predict == ddpm.Config.predict
 
@@ -224,6 +304,87 @@ def test_a_table_that_is_lost_while_it_trains_begins_anew(tmp_path):
     with open(tmp_path / "metrics.csv") as f:
         assert [row["step"] for row in csv.DictReader(f)][-2:] == ["30", "35"]
     pictures.curves(tmp_path)
+
+
+def test_an_error_within_the_loop_unlocks_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    c = settings(tmp_path / "r", data="swirl", labels=0)
+    data = runs.begin(c)
+    assert files._locks
+    with pytest.raises(ZeroDivisionError):
+        for step in runs.Run(c, data, thing=Thing()):
+            1 / 0
+    assert not files._locks
+
+
+def test_a_closed_terminal_saves_and_nohup_does_not(tmp_path):
+    """SIGHUP: 130 with a checkpoint; where it is ignored, training goes on."""
+    def train():
+        for step in (run := runs.Run(settings(tmp_path, iters=20), DATA, thing=Thing())):
+            run.log(loss=1.0)
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGHUP)
+        return run.step
+
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as stopped:
+        train()
+    assert stopped.value.code == 130 and torch.load(tmp_path / "checkpoint.pt")["step"] == 7
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        (tmp_path / "checkpoint.pt").unlink()
+        assert train() == 20
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_next_start_removes_what_a_killed_one_was_writing(tmp_path):
+    for name in (".999-checkpoint.pt", ".99-metrics.csv", ".9-samples.png", ".99-other.pt"):
+        (tmp_path / name).write_text("half")
+    runs.Run(settings(tmp_path), DATA, thing=Thing())
+    # samples may be drawn beside training
+    assert {p.name for p in tmp_path.glob(".*")} == {".9-samples.png", ".99-other.pt"}
+
+
+SPREADSHEETS = {
+    "as it is": lambda text: text,
+    "semicolons": lambda text: "\ufeff" + text.replace(",", ";").replace(".", ","),
+    "tabs": lambda text: text.replace(",", "\t"),
+    "blank lines": lambda text: text.replace("\r\n", "\n\n") + ",,\n\n",
+    "quotes": lambda text: text.replace("loss", '"loss"').replace("10,", '"10",'),
+    "half a line": lambda text: text + "4",
+}
+
+
+@pytest.mark.parametrize("how", SPREADSHEETS)
+def test_a_table_that_a_spreadsheet_wrote_is_gone_on_with(how, tmp_path):
+    for step in (run := runs.Run(settings(tmp_path, iters=25), DATA, thing=Thing())):
+        run.log(loss=step / 2)
+    table = tmp_path / "metrics.csv"
+    before = table.read_bytes()
+    table.write_bytes(SPREADSHEETS[how](before.decode()).encode())
+    pictures.curves(tmp_path)
+    for step in (run := runs.Run(settings(tmp_path, iters=30), DATA, thing=Thing())):
+        run.log(loss=step / 2)
+    assert table.read_bytes().startswith(before)
+    with open(table, newline="") as f:
+        assert [(row["step"], row["loss"]) for row in csv.DictReader(f)] == [
+            ("10", "2.75"), ("20", "7.75"), ("25", "11.5"), ("30", "14")]
+
+
+@pytest.mark.parametrize("text", ["step,seconds,loss\n10,1.0,many\n", "hello\n\n3\n", "\0\n1\n",
+                                  "\xff\n", "step,seconds,loss\ninf,1.0,1.0\n"])
+def test_what_is_no_table_is_kept_aside(text, tmp_path, capsys):
+    for step in (run := runs.Run(settings(tmp_path, iters=10), DATA, thing=Thing())):
+        run.log(loss=1.0)
+    (tmp_path / "metrics.csv").write_bytes(text.encode("latin-1"))
+    for step in (run := runs.Run(settings(tmp_path, iters=20), DATA, thing=Thing())):
+        run.log(loss=2.0)
+    said = capsys.readouterr().err
+    assert re.search(r"metrics.csv cannot be read as a table \(.*\): it is kept as .*-10.csv", said)
+    assert (tmp_path / "metrics-before-10.csv").read_bytes() == text.encode("latin-1")
+    assert [row["step"] for row in pictures.table_of(tmp_path / "metrics.csv")[1]] == ["20"]
 
 
 def test_names_that_change_within_a_run_are_told(tmp_path):
@@ -353,7 +514,9 @@ def test_a_script_that_has_changed_does_not_pass_for_what_was_trained(tmp_path, 
 
 
 def test_sampling_says_that_the_script_has_changed(tmp_path, capsys):
-    path = checkpoint(tmp_path / "c.pt", {}, script=TEXT)
+    c = script_settings(ddpm)
+    config = {name: getattr(c, name) for name in flags.trained_fields(c)}
+    path = checkpoint(tmp_path / "c.pt", config, script=TEXT, net={})
     c = script_settings(ddpm, checkpoint=path)
     c.text = TEXT
     runs.trained(c)
@@ -455,6 +618,43 @@ def test_a_sheet_that_goes_wrong_is_a_warning(tmp_path, monkeypatch, capsys):
     assert run.shows(20) == 0
 
 
+# ------------------------------------------------------------------------------ threads, slowness
+def test_a_resumed_run_computes_with_the_threads_it_began_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for step in (run := runs.Run(settings(tmp_path, iters=5), DATA, thing=Thing())):
+        run.log(loss=1.0)
+    assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert saved["threads"] == 1
+    torch.set_num_threads(2)
+    runs.Run(settings(tmp_path, iters=10), DATA, thing=Thing())
+    assert torch.get_num_threads() == 1
+    assert "computes with 1 thread, as it began; OMP_NUM_THREADS=2" in capsys.readouterr().err
+
+
+def test_updates_that_become_slow_are_told_once(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+
+    def train(*paces, iters):
+        """So many updates of each number of seconds."""
+        todo = [pace for pace, many in paces for _ in range(many)]
+        c = settings(tmp_path, iters=iters)
+        for step in (run := runs.Run(c, DATA, thing=Thing())):
+            now[0] += todo.pop(0)
+            run.log(loss=1.0)
+            if step == 205:  # a sheet takes half a minute
+                run.drawing = run.seconds, 20
+                now[0] += 30
+                run.show(torch.zeros(4, 1, 4, 4))
+        assert not todo
+        return capsys.readouterr().err.count("times as long as it did")
+
+    assert train((0.1, 300), (0.3, 100), iters=400) == 0
+    assert train((0.1, 200), (0.7, 100), iters=700) == 1
+    assert train((3.0, 40), iters=740) == 1  # a resumed run knows how fast it was
+
+
 # -------------------------------------------------------------------------------- several processes
 def test_averaged_gradients_are_those_of_the_whole_batch(tmp_path):
     """Two processes over gloo, with a double backward in the loss, as R1 has."""
@@ -494,3 +694,32 @@ if __name__ == "__main__":
     for one, two in zip(here["gradients"](), torch.load(tmp_path / "2.pt")):
         assert one.abs().max() > 0 or one.numel() == 1
         assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+def test_several_processes_stop_within_a_second_or_an_update(tmp_path):
+    """Of slow updates they do not wait for the tenth: the launcher would end them meanwhile."""
+    program = tmp_path / "p.py"
+    program.write_text("""
+import sys, time, torch
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from pathlib import Path
+from common import processes, runs
+from test_runs import DATA, Thing, settings
+
+processes.join(torch.device("cpu"))
+for step in (run := runs.Run(settings(Path(sys.argv[2]), iters=1000), DATA, thing=Thing())):
+    time.sleep(0.7)
+    Path(sys.argv[2], f"{processes.rank()}-{step}").touch()
+    run.log(loss=1.0)
+""")
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                 "--nproc-per-node=2", program, ROOT, tmp_path / "run"],
+                                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "0-2").exists():
+        assert launcher.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=60) != 0
+    assert 2 <= torch.load(tmp_path / "run" / "checkpoint.pt")["step"] <= 5

@@ -19,7 +19,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import ddgan
-from common import metrics
+import ddim
+from common import files, metrics, pictures
 from conftest import HALVES, ITERS, ROOT, SMALL, STEPS, run, start
 from kernels.noise import randn
 
@@ -173,6 +174,39 @@ def test_ctrl_c_saves_and_exits_130(place):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert weights(place / "stopped")["step"] >= 10
+
+
+def test_one_process_trains_in_a_run_and_a_closed_terminal_saves(place):
+    """The second is refused; a killed one keeps nobody out; SIGHUP saves, though stderr is gone."""
+    given = ["ddpm", "--train", "--iters", "100000", *SMALL["ddpm"], "--run", "one"]
+
+    def begun(**more):
+        process = start(place, *given, before="from common import runs; runs.SAVE_EVERY = -1",
+                        stderr=subprocess.PIPE, **more)
+        end, rows = time.monotonic() + 120, len(table_rows())
+        while len(table_rows()) < rows + 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        return process
+
+    def table_rows():
+        path = place / "one" / "metrics.csv"
+        return path.read_text().splitlines() if path.exists() else []
+
+    first = begun()
+    done = run(place, *given, code=2)
+    assert done.stderr == "ddpm.py: error: another process trains in one: wait for it, or give " \
+        "another --run\n"
+    first.kill()
+    first.communicate()
+    (place / "one" / ".1-checkpoint.pt").write_text("half")
+    second = begun()
+    assert not (place / "one" / ".1-checkpoint.pt").exists()
+    second.stderr.close()
+    second.send_signal(signal.SIGHUP)
+    assert second.wait(timeout=60) == 130
+    steps = [int(line.split(",")[0]) for line in table_rows()[1:]]
+    assert steps == sorted({*steps}) and weights(place / "one")["step"] == steps[-1]
 
 
 def test_a_full_disk_ends_with_one_line(place, monkeypatch):
@@ -357,6 +391,94 @@ def test_encode_and_interpolate(place):
     run(place, "ddim", "--interpolate", "--n", 2, "--steps", 4)
     width, height = Image.open(place / "runs" / "ddim-digits" / "interpolate.png").size
     assert width > 5 * height / 2
+
+
+def test_encode_keeps_the_noise_that_sampling_turns_into_the_pictures(place):
+    run(place, "ddim", "--encode", "--out", "noise.npz")
+    with np.load(place / "noise.npz") as arrays:
+        kept = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    assert sorted(kept) == ["noise", "pictures", "reconstructions"]
+    assert kept["noise"].shape == (8, 1, 8, 8) and kept["noise"].dtype == torch.float32
+    assert kept["pictures"].shape == (8, 8, 8, 1) and kept["pictures"].dtype == torch.uint8
+    assert (kept["pictures"].int() - kept["reconstructions"].int()).abs().float().mean() < 6
+    c, net = ddim.load(str(place / "runs" / "ddim-digits" / "checkpoint.pt"), device="cpu",
+                       precision="fp32")
+    x = ddim.sample(c, net, 0, 8, 100, x=kept["noise"], clip=False)
+    again = pictures.to_uint8(x).permute(0, 2, 3, 1)
+    assert (again.int() - kept["reconstructions"].int()).abs().max() <= 1
+
+
+def test_interpolate_walks_between_one_s_own_pictures(place):
+    """They stand at the ends, as encoded and decoded; what is in between is neither."""
+    run(place, "ddim", "--sample", "--n", 3, "--steps", 20, "--out", "own")
+    own = [place / "own" / f"0000{i}.png" for i in range(3)]
+    run(place, "ddim", "--interpolate", *own, "--steps", 100, "--out", "between.npz")
+    between = drawn(place / "between.npz")[0].reshape(2, 11, 8, 8)
+    files = np.stack([np.asarray(Image.open(name)).astype(int) for name in own])
+    for i in range(2):
+        for column, x in ((0, files[i]), (10, files[i + 1])):
+            assert abs(between[i, column] - x).mean() < 12
+        middle = between[i, 5]
+        assert min(abs(middle - x).mean() for x in files) > 4
+
+
+# ---------------------------------------------------------------------------------- what is written
+def test_samples_of_another_checkpoint_overwrite_no_run_s(place):
+    """They go into the run of that file, or where it is in none into a folder of its name."""
+    own = place / "runs" / "ddim-digits" / "samples.png"
+    before = own.stat().st_mtime_ns
+    shutil.copy(place / "runs" / "ddim-digits" / "checkpoint.pt", place / "other.pt")
+    given = ["--sample", "--n", 2, "--steps", 2]
+    said = run(place, "ddim", *given, "--checkpoint", "other.pt").stdout
+    assert said.endswith(f"runs/ddim-of-{place.name}-other/samples.png\n")
+    said = run(place, "ddim", *given, "--checkpoint", "runs/ddpm-digits/checkpoint.pt").stdout
+    assert said.endswith("runs/ddim-of-ddpm-digits/samples.png\n")
+    (place / "another").mkdir()
+    shutil.copy(place / "other.pt", place / "another" / "checkpoint.pt")
+    said = run(place, "ddim", *given, "--checkpoint", "another/checkpoint.pt").stdout
+    assert said.endswith(": another/samples.png\n")
+    said = run(place, "ddim", *given, "--checkpoint", "other.pt", "--run", "asked").stdout
+    assert said.endswith("asked/samples.png\n")
+    assert own.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_samples_holds_no_others(place):
+    given = ["--sample", "--steps", 2, "--out", "fresh"]
+    run(place, "ddim", *given, "--n", 3)
+    done = run(place, "ddim", *given, "--n", 2, code=2)
+    assert "--out fresh holds files already" in done.stderr and done.stderr.count("\n") == 1
+    assert len(list((place / "fresh").iterdir())) == 3
+
+
+def test_each_evaluation_is_kept(place):
+    given = ["--evaluate", "--n", 100]
+    run(place, "ddim", *given, "--steps", 2, "--run", "runs/ddim-digits")
+    run(place, "ddim", *given, "--steps", 3, "--seed", 5, "--run", "runs/ddim-digits")
+    kept = place / "runs" / "ddim-digits" / "evaluations"
+    found = {name: json.loads((kept / name).read_text()) for name in
+             ("2-0-100.json", "3-5-100.json")}
+    assert found["2-0-100.json"]["network evaluations"] == 2
+    assert result(place / "runs" / "ddim-digits") == found["3-5-100.json"]
+
+
+@pytest.mark.parametrize("given,name", [
+    ("--train --iters 10 --run W", "config.json"), ("--evaluate --n 6 --steps 1", "1-0-6.json"),
+    ("--encode", "encode.png"), ("--encode --out n.npz", "n.npz"),
+    ("--interpolate --n 1 --steps 1 --out w.gif", "w.gif"), ("--sample --n 2 --steps 1 --out f",
+                                                            "00000.png")])
+def test_what_cannot_be_written_is_one_line_naming_it(given, name, place, monkeypatch):
+    """A full disk that is read-only by now: the temporary file cannot be removed either."""
+    def full(*given):
+        raise OSError(28, "No space left on device")
+    given = [word.replace("W", "unwritten") for word in given.split()]
+    small = SMALL["ddim"] if "--train" in given else []
+    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(files.Path, "unlink", lambda self, **more: full())
+    done = run(place, "ddim", *given, *small, code=2)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match("ddim.py: error: .*cannot be written: .*No space left on device$", last)
+    assert name in last
 
 
 def test_labels_guidance_and_learned_variance(place):
@@ -646,6 +768,12 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--train --width 0", "--width"),
     ("--train --batch 0", "--batch"),
     ("--train --T 1", "--T"),
+    ("--train --width 2000000000", "at most 1000000000"),
+    ("--train --width 1000000000 --fresh", "give a smaller --width"),
+    ("--train --width 60000 --fresh", "give a smaller --width"),
+    ("--train --blocks 65", "at most 64"),
+    ("--train --width=--", "--width=--: -- is no value"),
+    ("--sample --steps=--", "--steps=--: -- is no value"),
     ("--train --data mnis", "no such file or folder"),
     ("--train --data empty", "empty"),
     ("--train --data texts", "texts"),
