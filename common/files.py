@@ -95,7 +95,7 @@ def save_tensors(path, what):
         try:
             torch.save(what, file)
         except RuntimeError as fault:  # PyTorch's word for a full disk
-            if "writ" not in str(fault) and "file" not in str(fault):
+            if "CUDA" in str(fault):
                 raise
             raise OSError(fault) from None
 

@@ -178,7 +178,7 @@ def test_ctrl_c_saves_and_exits_130(place):
 
 def test_one_process_trains_in_a_run_and_a_closed_terminal_saves(place):
     """The second is refused; a killed one keeps nobody out; SIGHUP saves, though stderr is gone."""
-    given = ["ddpm", "--train", "--iters", "100000", *SMALL["ddpm"], "--run", "one"]
+    given = ["ddpm", "--train", "--iters", "100000", *SMALL["ddpm"], "--run", "alone"]
 
     def begun(**more):
         process = start(place, *given, before="from common import runs; runs.SAVE_EVERY = -1",
@@ -190,23 +190,23 @@ def test_one_process_trains_in_a_run_and_a_closed_terminal_saves(place):
         return process
 
     def table_rows():
-        path = place / "one" / "metrics.csv"
+        path = place / "alone" / "metrics.csv"
         return path.read_text().splitlines() if path.exists() else []
 
     first = begun()
     done = run(place, *given, code=2)
-    assert done.stderr == "ddpm.py: error: another process trains in one: wait for it, or give " \
+    assert done.stderr == "ddpm.py: error: another process trains in alone: wait for it, or give " \
         "another --run\n"
     first.kill()
     first.communicate()
-    (place / "one" / ".1-checkpoint.pt").write_text("half")
+    (place / "alone" / ".1-checkpoint.pt").write_text("half")
     second = begun()
-    assert not (place / "one" / ".1-checkpoint.pt").exists()
+    assert not (place / "alone" / ".1-checkpoint.pt").exists()
     second.stderr.close()
     second.send_signal(signal.SIGHUP)
     assert second.wait(timeout=60) == 130
     steps = [int(line.split(",")[0]) for line in table_rows()[1:]]
-    assert steps == sorted({*steps}) and weights(place / "one")["step"] == steps[-1]
+    assert steps == sorted({*steps}) and weights(place / "alone")["step"] == steps[-1]
 
 
 def test_a_full_disk_ends_with_one_line(place, monkeypatch):
