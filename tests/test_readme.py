@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import metrics, runs
+from common import metrics, runs, trilemma
 from conftest import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +30,7 @@ BY_HAND = {  # command: why it does not run here, and when it was run by hand
     "python -m pytest tests/test_ddim.py tests/test_schedules.py": "these are the tests",
     "python ddim.py --encode": "to 1,000 steps; tests/test_scripts.py; 2026-11-27",
     "python vdm.py --evaluate": "bits of 500 pictures; tests/test_scripts.py; 2026-11-27",
+    "python -m common.trilemma": "two and a half hours; 2026-11-27",
     "python -m common.trilemma --minutes 1": "20 minutes; tests/test_trilemma.py; 2026-11-27",
     "torchrun --nproc-per-node 2 -- ddpm.py --train --run runs/two":
         "tests/test_scripts.py; 2026-11-27",
@@ -147,6 +148,13 @@ def test_changed_lines(tmp_path):
     settings = json.loads((tmp_path / "runs" / "ddim-digits" / "config.json").read_text())
     assert settings["power"] == 1.5 and settings["schedule"] == name
     assert (tmp_path / "runs" / "ddim-digits" / "metrics.csv").read_text().count("\n") == 2
+
+
+def test_figures():
+    """The table is the one of assets/trilemma.json, to the letter."""
+    result = json.loads((ROOT / "assets" / "trilemma.json").read_text())
+    assert trilemma.short(result) in README
+    assert trilemma.report(result, "../") == (ROOT / "assets" / "trilemma.md").read_text()
 
 
 def headings(text):
