@@ -37,7 +37,7 @@ from kernels.noise import randn
 @dataclass
 class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
-    T: int = option(1000, "steps from data to noise", low=2, of_model=True)
+    T: int = option(1000, "steps from data to noise", low=2, high=10 ** 7, of_model=True)
     schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES,
                            of_model=True)
     predict: str = option("v", "what the network's output is", choices=("eps", "x0", "v"),

@@ -82,7 +82,7 @@ class Config:
                               "blocks_ae consistency")
     captions: bool = option(False, "learn the words beside pictures too, for --prompt",
                             of_model=True)
-    T: int = option(1000, "steps from data to noise", low=2, of_model=True)
+    T: int = option(1000, "steps from data to noise", low=2, high=10 ** 7, of_model=True)
     schedule: str = option("cosine", "how alpha_bar falls from 1 to about 0", choices=SCHEDULES,
                            of_model=True)
     predict: str = option("v", "what the network's output is", choices=("eps", "v"), of_model=True)
@@ -112,7 +112,7 @@ class Config:
     mask: str = option("", "a picture as large as --image: what is white, or transparent, is "
                        "painted anew, and black comes back to the byte", "sample", needs="image")
     walk: int = option(0, "steps of a random walk among the latents, from samples or from --image: "
-                       "a .gif", "sample", above=0, acts=True, idles="strength mask")
+                       "a .gif", "sample", above=0, high=10 ** 5, acts=True, idles="strength mask")
     walk_step: float = option(0.002, "eta of z + sqrt(2 eta) eps, where latents have variance 1",
                               "sample", above=0, needs="walk")
 

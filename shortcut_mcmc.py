@@ -44,7 +44,7 @@ GAMMA_0, GAMMA_1 = -13.3, 5.0  # gamma at t = 0 and T: of clean data, of noise
 @dataclass
 class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
-    T: int = option(200, "steps from data to noise", low=2, of_model=True)
+    T: int = option(200, "steps from data to noise", low=2, high=10 ** 7, of_model=True)
     predict: str = option("v", "what the network's output is", choices=("eps", "v"), of_model=True)
     weight: str = option("sigmoid", "of the loss; bound: none, for the fewest bits; sigmoid: "
                          "sigmoid(gamma + 2), for the eye", choices=("bound", "sigmoid"))

@@ -67,7 +67,7 @@ class Shared:
                        ".tar.xz) of pictures", ALL)
     data_root: str = option("data", "where named data sets are kept and fetched to", ALL)
     size: int = option(0, "resize pictures to this side; 0: the data's own, of a path at most 64, "
-                       "or 32 without a GPU", ALL, low=0, of_pictures=True)
+                       "or 32 without a GPU", ALL, low=0, high=4096, of_pictures=True)
     classes: tuple = option((), "keep only these classes, e.g. airplane,bird", ALL, part=str,
                             of_pictures=True)
     run: str = option("", "folder of the run; default runs/<method>-<data>", ALL)
@@ -75,7 +75,7 @@ class Shared:
                        "schedule, prediction and size: fine-tuning")
     fresh: bool = option(False, "start over, whatever the folder holds")
     n: int = option(0, "how many samples; default 64 pictures or 1000 points, and 1000 for "
-                    "--evaluate", "sample evaluate", low=1)
+                    "--evaluate", "sample evaluate", low=1, high=10 ** 7)
     seed: int = option(0, "of every random number", ALL, low=0, high=2 ** 63 - 1)
     out: str = option("", ".png a grid, .gif the trajectory, .npz, or a folder of PNGs; default "
                       "samples.png in the run", "sample")
@@ -111,7 +111,7 @@ class Training:
     """How long, how many, how fast."""
     iters: int = option(0, "updates in all", low=1)
     minutes: float = option(0.0, "minutes of training in all; 0: no limit", low=0)
-    batch: int = option(0, "pictures in an update", low=1)
+    batch: int = option(0, "pictures in an update", low=1, high=10 ** 6)
     lr: float = option(0.0, "learning rate of Adam", above=0)
     ema: float = option(0.0, "decay of the mean of the weights that samples are drawn with",
                         low=0, high=0.999999)

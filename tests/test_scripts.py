@@ -772,6 +772,7 @@ WRONG = [  # flags, and words that the one line on stderr must hold
     ("--train --width 1000000000 --fresh", "give a smaller --width"),
     ("--train --width 60000 --fresh", "give a smaller --width"),
     ("--train --blocks 65", "at most 64"),
+    ("--train --batch 2000000", "at most 1000000"),
     ("--train --width=--", "--width=--: -- is no value"),
     ("--sample --steps=--", "--steps=--: -- is no value"),
     ("--train --data mnis", "no such file or folder"),
