@@ -250,7 +250,7 @@ def round_trip(c, net):
     """
     with inputs():
         if c.encode:
-            x0 = read_pictures(c.encode, c.shape).to(c.device)
+            x0 = read_pictures(c.encode, c.shape, tell=True).to(c.device)
         else:
             test = runs.load_data(c, "test")
             x0, _ = test.batch(metrics.choice(len(test), 8), c.device)
@@ -266,7 +266,7 @@ def round_trip(c, net):
             save_noise(path, x0, x_T, rows[-1])
         else:
             pictures.save(path, torch.cat(rows).cpu(), columns=len(x0))
-    print(path)
+    print(f"the pictures, and below them a row for each number of steps: {path}")
 
 
 def save_noise(path, x0, x_T, again):
@@ -294,7 +294,7 @@ def interpolate(c, net, n, steps):
     """
     if c.interpolate:
         with inputs():
-            x0 = read_pictures(c.interpolate, c.shape).to(c.device)
+            x0 = read_pictures(c.interpolate, c.shape, tell=True).to(c.device)
         x, n, label = encode(c, net, x0, steps), len(x0) - 1, None
     else:
         x = randn((n + 1, *c.shape), c.seed, stream=START, device=c.device)
@@ -304,8 +304,11 @@ def interpolate(c, net, n, steps):
         x_T = slerp(x[:-1], x[1:], w)
         columns.append(sample(c, net, 0, n, steps, label, x=x_T, clip=False).cpu())
     with inputs():
-        path = c.out or c.run / "interpolate.png"
-        print(pictures.save(path, torch.stack(columns, 1).flatten(0, 1), columns=11))
+        path = Path(c.out or c.run / "interpolate.png")
+        if path.suffix == ".gif":  # which moves from each to the next
+            print(pictures.save(path, columns[-1], frames=columns, columns=1))
+        else:
+            print(pictures.save(path, torch.stack(columns, 1).flatten(0, 1), columns=11))
 
 
 # ============================================================================================= Main

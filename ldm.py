@@ -633,7 +633,7 @@ def show_encoded(c, net):
     ae = net.autoencoder
     with inputs():
         if c.encode:
-            x = read_pictures(c.encode, c.shape).to(c.device)
+            x = read_pictures(c.encode, c.shape, tell=True).to(c.device)
         else:
             test = runs.load_data(c, "test")
             x, _ = test.batch(metrics.choice(len(test), 8), c.device)
@@ -679,8 +679,11 @@ def interpolated(c, net, n, steps):
     for w in torch.linspace(0, 1, 11, device=c.device):
         columns.append(sample(c, net, 0, n, steps, label, z=slerp(z[:-1], z[1:], w)).cpu())
     with inputs():
-        path = c.out or c.run / "interpolate.png"
-        print(pictures.save(path, torch.stack(columns, 1).flatten(0, 1), columns=11))
+        path = Path(c.out or c.run / "interpolate.png")
+        if path.suffix == ".gif":  # which moves from each to the next
+            print(pictures.save(path, columns[-1], frames=columns, columns=1))
+        else:
+            print(pictures.save(path, torch.stack(columns, 1).flatten(0, 1), columns=11))
 
 
 # ============================================================================================= Main

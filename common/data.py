@@ -1066,14 +1066,18 @@ def told(left_out):
     return what + (f", the first is {left_out['first']}" if "first" in left_out else "")
 
 
-def read_pictures(paths, shape):
-    """Picture files as (N, C, H, W) in [-1, 1], made shape (C, H, H) as a data set's are."""
-    pictures = []
+def read_pictures(paths, shape, tell=False):
+    """Picture files as (N, C, H, W) in [-1, 1], made shape (C, H, H) as a data set's are.
+
+    tell: say where that changes them. ValueError of one line for what cannot be read.
+    """
+    pictures, changed, form = [], 0, (shape[-1], shape[-1], "L" if shape[0] == 1 else "RGB")
     for path in paths:
         try:
             if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
                 raise ValueError("no file")
             with _open(path) as picture:
+                changed += (*picture.size, picture.mode) != form
                 pixels = _pixels(picture, shape[-1], shape[0] == 1)
                 pictures.append(torch.from_numpy(pixels.copy()))
         except FileNotFoundError:
@@ -1083,6 +1087,9 @@ def read_pictures(paths, shape):
                              f"{MOST_PIXELS // 1_000_000}") from None
         except Exception:  # as above
             raise ValueError(f"{path} is not a picture that can be read") from None
+    if tell and changed:
+        print(f"{changed} of {len(pictures)} pictures are made {form[0]} x {form[1]} {form[2]}, as "
+              "the data's that the model knows", file=sys.stderr)
     return torch.stack(pictures).float().div(127.5).sub(1)
 
 

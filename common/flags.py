@@ -510,7 +510,7 @@ def parse(method, groups, recipes, doc):
     sys.excepthook = files.excepthook
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
         # until Run takes it over, while it trains
-        signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+        signal.signal(signal.SIGINT, _interrupted)
     fields = {f.name: f for group in (*groups, Shared) for f in dataclasses.fields(group)}
     parser = _parser(method, fields, recipes, doc)
     dashed(sys.argv[1:])
@@ -537,6 +537,11 @@ def parse(method, groups, recipes, doc):
         raise SystemExit(0)  # one process samples
     place(c)
     return c
+
+
+def _interrupted(number, frame):
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def dashed(arguments):

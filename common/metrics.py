@@ -863,6 +863,7 @@ def write_result(c, result):
     That is the latest; each is evaluations/<network evaluations>-<seed>-<samples>.json too. Where
     it cannot be written, a full disk say, the program ends with one line.
     """
+    result = result | {"updates": c.updates, "minutes of training": round(c.spent, 2)}
     print(report(result))
     drawn = {name: getattr(c, name) for name, field in c.fields.items()
              if field.metadata["use"] == "sample evaluate" and name not in ("n", "steps")}

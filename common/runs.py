@@ -191,6 +191,7 @@ def trained(c, methods=None, also=()):
     c.content = saved["data"].get("content")
     c.name, c.classes = saved["data"]["data"], tuple(saved["data"]["classes"])
     c.shape, c.labels = tuple(saved["data"]["shape"]), len(c.classes) if c.conditional else 0
+    c.updates, c.spent = saved["step"], saved["seconds"] / 60
     c.size = c.shape[-1] if len(c.shape) == 3 else 0
     flags.brought(c)
     c.vocabulary = tuple(saved["data"].get("vocabulary", ()))
@@ -531,6 +532,8 @@ class Run:
                 self._begin()
                 if tell and not self._finished():
                     self._tell()
+                if self.step > 0 and not self._finished():
+                    print(f"{c.run} goes on after update {self.step}", file=sys.stderr)
 
     def _changed(self, script):
         """Say that the script is another one than trained the run; an error if that was all."""
@@ -659,6 +662,8 @@ class Run:
                     done, interrupted, ms = self._agree(self._finished(), self.interrupted, ms)
                     asked, heard = self.step, self.seconds
                     every = max(1, min(LOG_EVERY, int(1000 / max(1, ms))))
+                if done:  # by minutes, maybe: a bar that is full is at its end
+                    bar.total = self.step
                 if done or interrupted or logs and self.seconds - saved_at > SAVE_EVERY:
                     self._flush()
                     self.save()

@@ -412,6 +412,12 @@ def test_interpolate_walks_between_one_s_own_pictures(place):
     """They stand at the ends, as encoded and decoded; what is in between is neither."""
     run(place, "ddim", "--sample", "--n", 3, "--steps", 20, "--out", "own")
     own = [place / "own" / f"0000{i}.png" for i in range(3)]
+    Image.open(own[0]).convert("RGB").resize((20, 12)).save(place / "large.png")
+    done = run(place, "ddim", "--interpolate", own[0], place / "large.png", "--steps", 2, "--out",
+               "w.gif")
+    assert done.stderr == "1 of 2 pictures are made 8 x 8 L, as the data's that the model knows\n"
+    with Image.open(place / "w.gif") as gif:  # it moves, and the last one stays
+        assert gif.n_frames >= 11
     run(place, "ddim", "--interpolate", *own, "--steps", 100, "--out", "between.npz")
     between = drawn(place / "between.npz")[0].reshape(2, 11, 8, 8)
     files = np.stack([np.asarray(Image.open(name)).astype(int) for name in own])
@@ -458,6 +464,7 @@ def test_each_evaluation_is_kept(place):
     found = {name: json.loads((kept / name).read_text()) for name in
              ("2-0-100.json", "3-5-100.json")}
     assert found["2-0-100.json"]["network evaluations"] == 2
+    assert found["2-0-100.json"]["updates"] == int(ITERS["ddim"])
     assert result(place / "runs" / "ddim-digits") == found["3-5-100.json"]
 
 
