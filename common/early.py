@@ -86,7 +86,8 @@ def choose():
     import torch
     if "OMP_NUM_THREADS" in os.environ or _cores() is None:
         return
-    _chosen.setdefault("most", torch.get_num_threads())
+    if _chosen.setdefault("most", torch.get_num_threads()) == 1:
+        return
     _chosen["others"] = others()
     free = math.floor(len(_cores()) - _chosen["others"] + 0.5)
     torch.set_num_threads(max(1, min(_chosen["most"], free)))

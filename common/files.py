@@ -24,6 +24,7 @@ program = ""  # the script's name, set by flags.parse; without one, from Python,
 def stop(message):
     """End the program with exit status 2 and one line on stderr; from Python raise a ValueError."""
     message = " ".join(str(message).split())
+    unlock()
     if not program:
         raise ValueError(message)
     if rank() > 0:
@@ -135,9 +136,14 @@ def lock(folder):
 
 
 def unlock():
-    """Let other processes train where `lock` kept them out."""
+    """Let other processes train where `lock` kept them out; no folder stays that holds nothing."""
     for path in list(_locks):
-        _locks.pop(path).close()
+        file = _locks.pop(path)
+        with contextlib.suppress(OSError):
+            if os.listdir(path.parent) == [path.name]:
+                path.unlink()
+                path.parent.rmdir()
+        file.close()
 
 
 # ------------------------------------------------------------------------------------------ reading

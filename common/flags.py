@@ -31,7 +31,7 @@ from common.processes import rank
 ACTIONS = dict(train="train the model, or finish training it", sample="draw samples",
                evaluate="judge samples against the data")
 ALL = " ".join(ACTIONS)
-MOST = 10 ** 9  # of any number that says no more of itself
+MOST = 10 ** 9  # of any whole number that says no more of itself
 INIT = "give --init the checkpoint of a run"
 KINDS = {int: ("N", "a whole number"), float: ("X", "a number"),
          tuple: ("A,B", "whole numbers, e.g. 1,2"), str: ("TEXT", "text")}
@@ -46,7 +46,7 @@ def option(default, help, use="train", low=None, high=None, above=None, choices=
     use: the actions that read it; given without one of these, it is an error. What --train reads
     belongs to the model: a checkpoint keeps it.
     low, high: bounds that are allowed, and above: one that is not; high may name another flag,
-    which sets no bound where it is 0. A number without one is at most MOST.
+    which sets no bound where it is 0. A whole number without one is at most MOST.
     part: of a tuple given as a,b,c; Path: any number of files. repeated: of a tuple whose parts
     are given one by one, by as many of the flag.
     acts: given alone, such a flag asks for --sample.
@@ -147,8 +147,9 @@ def text(value):
 
 def unfit(m, values):
     """The bound of an option's metadata that one of the values breaks, in words; None: they fit."""
-    high = MOST if m["high"] is None or isinstance(m["high"], str) else m["high"]
     for v in values:
+        bound = MOST if isinstance(v, int) else math.inf
+        high = bound if m["high"] is None or isinstance(m["high"], str) else m["high"]
         if isinstance(v, float) and not math.isfinite(v):
             return "finite"
         if m["low"] is not None and v < m["low"]:

@@ -4,6 +4,7 @@ Its first two stages are in test_ldm.py; captions themselves in test_words.py.
 """
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -234,6 +235,7 @@ def test_what_is_black_in_the_mask_comes_back_to_the_byte(place, more):
     assert (x[:, ~mask] == known[~mask]).all()
     assert (x[:, mask] != known[mask]).mean() > 0.5
     assert (x[0] != x[1]).any()  # each of other noise
+    shutil.rmtree(place / "edits", ignore_errors=True)
     run(place, "ldm", "--sample", "--run", "said", "--image", "image.png", "--mask", "mask.png",
         "--n", 1, "--steps", 3, "--out", "edits")
     assert (np.array(Image.open(place / "edits" / "00000.png"))[~mask] == known[~mask]).all()
