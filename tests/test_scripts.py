@@ -570,6 +570,7 @@ def test_a_vdm_model_is_judged_in_bits(place):
     assert set(rows["label"]) == set(range(10)) and len(set(rows["number"])) == 500
 
 
+@pytest.mark.slow
 def test_a_vdm_run_learns_its_ends_and_labels(place):
     """The ends by the bound alone; a resumed run has the same ones, and samples take guidance."""
     given = ["--train", *SMALL["vdm"], "--weight", "bound", "--ends", "learned", "--predict",
@@ -625,6 +626,7 @@ def test_a_shortcut_run_learns_and_tells_its_fidelity(place):
     assert len(np.unique(np.asarray(Image.open(folder / "samples.png")))) > 20
 
 
+@pytest.mark.slow
 def test_every_flag_of_a_chain_does_something(place):
     """Runs that differ by one flag differ; a chain that is computed anew is the same one."""
     given = ["--train", "--iters", 20, *SMALL["shortcut_mcmc"]]
@@ -652,6 +654,7 @@ def test_the_three_updates_of_a_shortcut_model_differ(place):
 
 
 # ----------------------------------------------------------------------------------- ddgan.py's own
+@pytest.mark.slow
 def test_ddgan_nears_the_spiral(place):
     folder = place / "runs" / "ddgan-swirl"
     small = ["--data", "swirl", "--width", "32", "--width-d", "32", "--batch", "64", "--lr", "1e-3"]
@@ -714,6 +717,7 @@ def test_least_squares_stay_beside_the_gan(place):
     assert error[3][-1] < 0.8 * error[0][-1]
 
 
+@pytest.mark.slow
 def test_least_squares_with_one_latent_ignore_it_and_with_four_do_not(place):
     spread = {}
     x, t = randn((64, 1, 8, 8), 5), torch.full((64,), 2)

@@ -120,6 +120,7 @@ def test_failure_is_told(folder, programs, monkeypatch, capsys):
     assert {row["method"] for row in json.loads(path.read_text())["rows"]} == {"ddim"}
 
 
+@pytest.mark.slow
 def test_more_of_the_same_run(folder, programs, monkeypatch):
     """What was interrupted is resumed with the flags that it had; of other data there is a word."""
     it = contest(folder, monkeypatch, "--minutes", "0.03", "--methods", "ddgan,ldm")
