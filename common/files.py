@@ -206,15 +206,25 @@ def _check(saved):
                 raise ValueError("an absurd number")
 
 
-def load_checkpoint(path, methods, otherwise="train first (--train), or give --checkpoint FILE"):
+_kept = {}  # path, size, time of change -> the checkpoint that was read for its settings
+
+
+def load_checkpoint(path, methods, otherwise="train first (--train), or give --checkpoint FILE",
+                    keep=False):
     """The dict that Run.save wrote, on the CPU; executes nothing from the file.
 
-    ValueError where there is none (otherwise: what to do then), it is damaged, or of another script
-    than `methods`.
+    keep: of who reads the settings alone. The next who asks for a checkpoint gets this dict, if it
+    is of the same file, which is not read twice then. ValueError where there is none (otherwise:
+    what to do then), it is damaged, or of another script than `methods`.
     """
     try:
-        saved = unpickled(path)
-        _check(saved)
+        about = os.stat(path)
+        file = os.path.abspath(path), about.st_size, about.st_mtime_ns
+        saved = _kept.pop(file, None)
+        _kept.clear()
+        if saved is None:
+            saved = unpickled(path)
+            _check(saved)
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: {otherwise}") from None
     except PermissionError as fault:
@@ -226,4 +236,6 @@ def load_checkpoint(path, methods, otherwise="train first (--train), or give --c
     if saved["method"] not in methods:
         raise ValueError(f"{path} is a checkpoint of {saved['method']}.py, which {methods[0]}.py "
                          "cannot use")
+    if keep:
+        _kept[file] = saved
     return saved

@@ -295,7 +295,7 @@ def _of_run(c, given, recipes):
     if given.get("fresh") or given.get("checkpoint") or not path.exists():
         return {}, None
     try:
-        saved = files.load_checkpoint(path, (c.method,))
+        saved = files.load_checkpoint(path, (c.method,), keep=True)
         values = {}
         for name in recipes.get("cpu", {}).keys() - {"iters", "minutes"}:
             if name in saved["config"]:
@@ -357,7 +357,7 @@ def _of_file(c, given):
     own = c.run / "checkpoint.pt"
     path = own if own.exists() and not given.get("fresh") else given["init"]
     with files.inputs():
-        saved = files.load_checkpoint(path, (c.method,), INIT)
+        saved = files.load_checkpoint(path, (c.method,), INIT, keep=True)
         values = {}
         for name, field in c.fields.items():
             if field.metadata["of_model"] and name in saved["config"]:

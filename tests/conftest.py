@@ -129,8 +129,12 @@ _ahead = {}  # process, folder
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that wait for a program come last."""
-    items.sort(key=lambda item: item.get_closest_marker("program") is not None)
+    """Tests that wait for a program come last, and all of test_scripts.py's, most of the waiting.
+
+    Together, lest the models that they share be trained a second time for those that wait.
+    """
+    items.sort(key=lambda item: (item.path.name == "test_scripts.py",
+                                 item.get_closest_marker("program") is not None))
 
 
 def pytest_collection_finish(session):

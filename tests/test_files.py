@@ -206,3 +206,26 @@ def test_an_odd_or_missing_field_is_one_line(change, tmp_path):
     torch.save(saved, tmp_path / "b.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project, or is damaged"):
         files.load_checkpoint(tmp_path / "b.pt", ("ddpm",))
+
+
+def test_a_checkpoint_that_was_read_for_its_settings_is_read_once(tmp_path, monkeypatch):
+    """What is kept is handed over once, of the file as it was then, and of no other."""
+    data = dict(data="digits", shape=[1, 4, 4], classes=["a", "b"])
+    saved = dict(method="ddpm", config=dict(T=5), data=data, source="digits", step=1, seconds=2.0)
+    path, reads, read = tmp_path / "a.pt", [], files.unpickled
+    torch.save(saved, path)
+    torch.save(saved | dict(step=2), tmp_path / "b.pt")
+    monkeypatch.setattr(files, "unpickled", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(files, "_kept", {})
+    first = files.load_checkpoint(path, ("ddpm",), keep=True)
+    assert files.load_checkpoint(str(path), ("ddpm",)) is first and len(reads) == 1
+    assert files.load_checkpoint(path, ("ddpm",)) is not first  # who has it may have changed it
+    files.load_checkpoint(path, ("ddpm",), keep=True)
+    assert files.load_checkpoint(tmp_path / "b.pt", ("ddpm",))["step"] == 2
+    files.load_checkpoint(path, ("ddpm",), keep=True)
+    torch.save(saved | dict(step=3), path)
+    assert files.load_checkpoint(path, ("ddpm",))["step"] == 3
+    files.load_checkpoint(path, ("ddpm",), keep=True)
+    path.unlink()
+    with pytest.raises(ValueError, match="a.pt is not there"):
+        files.load_checkpoint(path, ("ddpm",))
