@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import draws, flags, metrics, processes, runs, sampling, unet
+from common import draws, flags, gpu, metrics, processes, runs, sampling, unet
 from common.draws import NOISE, START, STEP, sample_labels
 from common.files import stop
 from common.flags import option
@@ -37,6 +37,9 @@ from kernels.noise import randn
 
 
 # ============================================================================================ Flags
+HEAD_START = 300  # last updates of --pretrain, in which D learns already
+
+
 @dataclass
 class Config:
     """This method's own. The groups are declared in common/flags.py, and valued in RECIPES."""
@@ -65,7 +68,7 @@ class Config:
     t_weights: tuple = option((), "shares of the batch that t = 1..T have; equal with ''", low=1,
                               needs="T", one_for_each="T")
     pretrain: int = option(2_600, "first updates, in which G learns by alpha_bar_t |x0' - x0|^2 "
-                           "alone; D learns only in the last 300 of them", low=0)
+                           f"alone; D learns only in the last {HEAD_START} of them", low=0)
     pretrain_z: int = option(0, "last of these updates, in which G tries four latents and learns "
                              "with the one that comes nearest to x0; default 600, and at most a "
                              "quarter of them", low=0, high="pretrain", needs="pretrain z")
@@ -124,8 +127,12 @@ Places = namedtuple("Places", "x_s x_t z x_f")
 
 
 def places(step, half):
-    """The numbers under which an update's noise is drawn: eight, four for each half."""
-    return Places(*range(8 * step + 4 * half, 8 * step + 4 * half + 4))
+    """The numbers under which an update's noise is drawn: eight, four for each half.
+
+    step: which update it is, an int or () int64.
+    """
+    first = 8 * step + 4 * half
+    return Places(first, first + 1, first + 2, first + 3)
 
 
 # ===================================================================================== The networks
@@ -359,7 +366,7 @@ def times(c, step, half):
     u = draws.spread(c, 2 * step + half, alike=4)  # since D compares four samples
     t = torch.bucketize(u, shares.cumsum(0)[:-1] / shares.sum(), right=True) + 1
     count = t.bincount(minlength=c.T + 1)[1:]
-    return t[draws.part(c.batch)].to(c.device), count.to(c.device)
+    return gpu.sent(t[draws.part(c.batch)], c.device), gpu.sent(count, c.device)
 
 
 @torch.no_grad()
@@ -406,7 +413,7 @@ def trouble(c, real, fake, spread):
 
 
 # ============================================================================================ Train
-def update(optimizer, net, loss):
+def descend(optimizer, net, loss):
     """One step of the optimizer of net, a module."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=runs.learnable(net))
@@ -422,9 +429,9 @@ def train(c):
                           "--width-d")
     critic = critic.to(c.device, memory_format=torch.channels_last)
     ema = runs.EMA(net, c.ema)
-    fused = c.device.type != "mps"
-    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, (0.5, 0.9), fused=fused)
-    optimizer_d = torch.optim.Adam(runs.learnable(critic), c.lr_d, (0.5, 0.9), fused=fused)
+    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, (0.5, 0.9), **gpu.adam(c.device))
+    optimizer_d = torch.optim.Adam(runs.learnable(critic), c.lr_d, (0.5, 0.9),
+                                   **gpu.adam(c.device))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer, critic=critic,
                    optimizer_d=optimizer_d)
     G = torch.compile(net) if c.compile else net
@@ -434,24 +441,24 @@ def train(c):
     signal2 = alpha_bar("ddgan", c.T).float().to(c.device)
     recon = torch.tensor([0, *(c.recon or [0] * c.T)], device=c.device)  # by t
 
-    for step in run:
-        x0, label, first = run.batch(step)  # first: number of its first sample
-        pretrain = step <= c.pretrain
-        rate = c.lr_pretrain * min(1, step / 100) if pretrain else decayed(c, c.lr, step)
-        runs.set_rate(optimizer, rate)
-        runs.set_rate(optimizer_d, decayed(c, c.lr_d, step))
+    def update(x0, label, first, number, t_d, count_d, t_g, count_g, pretrain, judged, penalised,
+               tries):
+        """What an update computes, of tensors. number: which update it is, () int64.
+
+        t, count: of times, for each half. pretrain: by least squares alone; judged: D
+        learns, penalised: with R1; tries: G learns with the nearest of four latents.
+        """
         at_rest = torch.zeros(len(x0), device=c.device)  # logged while a network does not learn
 
         # The discriminator: real pairs against fake ones of the same x_t
-        t, count = times(c, step, D_HALF)
+        t, count = t_d, count_d
         loss_d = at_rest
         right_real = right_fake = at_rest + 0.5  # how often D is right: as often as a coin
-        if step > c.pretrain - 300:
-            place = places(step, D_HALF)
+        if judged:
+            place = places(number, D_HALF)
             x_s, x_t = real_pair(c, x0, t, noising, first, place)
             with torch.no_grad():
                 x_f, _ = fake_half(c, G, x_t, t, reverse, first, place, label)
-            penalised = c.r1 > 0 and step % c.r1_every == 0
             judge = critic if penalised else D  # a compiled one cannot be differentiated twice
             real = logits(c, judge, x_s.requires_grad_(penalised), x_t, t, label)
             fake = logits(c, judge, x_f, x_t, t, label)
@@ -459,20 +466,19 @@ def train(c):
             loss = loss_d.mean()
             if penalised:  # lazily, yet not multiplied by the interval
                 r1 = penalty(real, x_s)
-                critic.r1 = r1.detach()
+                critic.r1.copy_(r1.detach())
                 loss = loss + c.r1 / 2 * r1
-            update(optimizer_d, critic, loss)
+            descend(optimizer_d, critic, loss)
             right_real, right_fake = real > 0, fake < 0
         told = dict(real=mean_by_t(c, right_real, t, count),
                     fake=mean_by_t(c, right_fake, t, count),
                     loss_d=mean_by_t(c, loss_d, t, count))
 
         # The generator: fake pairs that D takes for real; at first by least squares alone
-        t, count = times(c, step, G_HALF)
-        place = places(step, G_HALF)
+        t, count = t_g, count_g
+        place = places(number, G_HALF)
         x_s, x_t = real_pair(c, x0, t, noising, first, place)
         wanted = x_s if c.fake == "direct" else x0
-        tries = c.z and c.pretrain - c.pretrain_z < step <= c.pretrain
         x_f, x0_ = fake_half(c, G, x_t, t, reverse, first, place, label, wanted if tries else None)
         error = (x0_ - wanted).square().flatten(1).mean(1)
         if pretrain:
@@ -482,13 +488,31 @@ def train(c):
             loss_g = generator_loss(c, logits(c, D, x_f, x_t, t, label))
             # where D sees little G would drift: at large t, and at t = 1 x0 is nearly known
             loss = (loss_g + recon[t] * error).mean()
-        update(optimizer, net, loss)
+        descend(optimizer, net, loss)
         ema.update(net)
 
         # What is told, by t
         variety = (spread_of_fours(x0_) / spread_of_fours(x0)).flatten(1)[:, 0]
-        run.log(**told, loss_g=mean_by_t(c, loss_g, t, count), r1=critic.r1,
-                error=mean_by_t(c, error, t, count), spread=mean_by_t(c, variety, t, count))
+        return told | dict(loss_g=mean_by_t(c, loss_g, t, count), r1=critic.r1,
+                           error=mean_by_t(c, error, t, count),
+                           spread=mean_by_t(c, variety, t, count))
+
+    update = gpu.recorded(update, c)  # with --graph a CUDA graph
+
+    for step in run:
+        # Data, times and rates
+        x0, label, first = run.batch(step)  # first: number of its first sample
+        pretrain = step <= c.pretrain
+        rate = c.lr_pretrain * min(1, step / 100) if pretrain else decayed(c, c.lr, step)
+        runs.set_rate(optimizer, rate)
+        runs.set_rate(optimizer_d, decayed(c, c.lr_d, step))
+
+        # One update: D begins before the GAN does, R1 is lazy
+        judged = step > c.pretrain - HEAD_START
+        penalised = judged and c.r1 > 0 and step % c.r1_every == 0
+        tries = c.z > 0 and c.pretrain - c.pretrain_z < step <= c.pretrain
+        run.log(**update(x0, label, first, gpu.number(step, c.device), *times(c, step, D_HALF),
+                         *times(c, step, G_HALF), pretrain, judged, penalised, tries))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
         n = run.shows(c.T)  # from time to time a sheet of what it draws by now

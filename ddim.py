@@ -22,7 +22,7 @@ from common import early  # noqa: F401  first, since torch takes seconds
 import torch
 import torch.nn.functional as F
 
-from common import flags, metrics, pictures, processes, runs, sampling, unet
+from common import flags, gpu, metrics, pictures, processes, runs, sampling, unet
 from common.data import read_pictures
 from common.draws import NOISE, START, STEP, sample_labels
 from common.files import inputs, stop, written
@@ -195,7 +195,7 @@ def train(c):
     data = runs.begin(c)  # sets c.shape, c.labels and the seed
     net = network(c).to(c.device)
     ema = runs.EMA(net, c.ema)
-    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, fused=c.device.type != "mps")
+    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, **gpu.adam(c.device))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
     f = torch.compile(net) if c.compile else net
 
@@ -203,11 +203,10 @@ def train(c):
     signal = ab.sqrt().float().to(c.device)
     noise = (1 - ab).sqrt().float().to(c.device)
 
-    for step in run:
-        # Noised data: a tenth of the labels is dropped, for guidance
-        x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
-        t = 1 + (run.spread(step) * c.T).long()  # each of 1..T as often as any other
-        x_t, eps = add_noise(x0, signal[t], noise[t], c.seed, first, step, NOISE)
+    def update(x0, label, first, t, number):
+        """What an update computes, of tensors. number: which update it is, () int64."""
+        # Noised data
+        x_t, eps = add_noise(x0, signal[t], noise[t], c.seed, first, number, NOISE)
 
         # The network's guess, and how far it is off
         with flags.autocast(c):
@@ -215,13 +214,23 @@ def train(c):
         loss = objective(c, out, x0, eps, at(signal, t, x0), at(noise, t, x0))
 
         # One step of Adam
-        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         processes.average_gradients(net)
         optimizer.step()
         ema.update(net)
-        run.log(loss=loss)
+        return dict(loss=loss)
+
+    update = gpu.recorded(update, c)  # with --graph a CUDA graph
+
+    for step in run:
+        # Data and times: a tenth of the labels is dropped, for guidance
+        x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
+        t = 1 + (run.spread(step) * c.T).long()  # each of 1..T as often as any other
+        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
+
+        # One update
+        run.log(**update(x0, label, first, t, gpu.number(step, c.device)))
         n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
         if n:
             run.show(sample(c, ema.net, 0, n, min(20, c.T), sample_labels(c, n)))

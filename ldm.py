@@ -43,7 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import autoencoder, flags, metrics, pictures, processes, runs, sampling, text, unet
+from common import autoencoder, flags, gpu, metrics, pictures, processes, runs, sampling, text
+from common import unet
 from common.autoencoder import decoded, encode_all, encoded, latent_shape, measure
 from common.data import POINTS, read_edit, read_pictures
 from common.draws import (CODES, NOISE, POSTERIOR, START, STEP, WALK, drop_words, generator,
@@ -384,7 +385,7 @@ def train_autoencoder(c, data):
     whole, c.run = c.run / "checkpoint.pt", c.run / "autoencoder"
     ae = autoencoder.build(c).to(c.device)
     ema = runs.EMA(ae, c.ema)
-    optimizer = torch.optim.Adam(ae.parameters(), c.lr, fused=c.device.type != "mps")
+    optimizer = torch.optim.Adam(ae.parameters(), c.lr, **gpu.adam(c.device))
     run = runs.Run(c, data, c.share, only=OF_STAGE_1, autoencoder=ae, ema=ema, optimizer=optimizer)
     if c.fresh and processes.rank() == 0:
         whole.unlink(missing_ok=True)  # else a killed run would go on with the old stage 2
@@ -394,17 +395,14 @@ def train_autoencoder(c, data):
     if c.latent == "vq" and run.step == 0:  # codes begin as latents of pictures
         revive(c, ae, ema, data, 0, torch.ones(c.codes, dtype=torch.bool, device=c.device))
 
-    for step in run:
-        # Pictures, and the noise of their latents
-        x, _, first = run.batch(step)
-        nu = randn((len(x), *latent_shape(c)), c.seed, first, step, POSTERIOR, device=c.device)
-
-        # What is lost on the way through the latents
+    def update(x, first, number):
+        """What an update computes, of tensors. number: which update it is, () int64."""
+        # What is lost on the way through the latents, which are drawn with noise nu
+        nu = randn((len(x), *latent_shape(c)), c.seed, first, number, POSTERIOR, device=c.device)
         with flags.autocast(c):
             loss, parts = autoencoder_loss(c, ae, x, nu)
 
         # One step of Adam
-        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         processes.average_gradients(ae)
@@ -412,9 +410,20 @@ def train_autoencoder(c, data):
         if c.latent == "vq":
             parts |= use(ae, parts.pop("index"))
         ema.update(ae)
+        return dict(loss=loss) | parts
+
+    update = gpu.recorded(update, c)  # with --graph a CUDA graph
+
+    for step in run:
+        # Pictures
+        x, _, first = run.batch(step)  # first: number of its first sample
+        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
+
+        # One update
+        told = update(x, first, gpu.number(step, c.device))
         if c.latent == "vq" and step % REVIVE == 0:
             revive(c, ae, ema, data, step, ae.used == 0)
-        run.log(loss=loss, **parts)
+        run.log(**told)
         n = run.shows(1) // 2  # from time to time a sheet: each picture, and what became of it
         if n:
             x = data.batch(metrics.choice(len(data), n), c.device)[0]
@@ -431,7 +440,9 @@ def use(ae, index):
     Perplexity, exp of the entropy, is as many codes as would be taken equally often. Pictures that
     are mostly background have a low one, and nothing is wrong with them.
     """
-    count = processes.summed(index.flatten().bincount(minlength=len(ae.codes)))
+    index = index.flatten()
+    count = torch.zeros_like(ae.used).scatter_add(0, index, torch.ones_like(index))
+    count = processes.summed(count)  # not bincount, for which a GPU is waited for
     ae.used += count
     p = count.float() / count.sum()
     return dict(codes=(count > 0).sum(), perplexity=torch.special.entr(p).sum().exp())
@@ -464,7 +475,7 @@ def train_diffusion(c, data, ae, share, told):
         net.autoencoder.load_state_dict(ae.state_dict())
     ae = net.autoencoder
     ema = runs.EMA(net, c.ema)
-    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, fused=c.device.type != "mps")
+    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, **gpu.adam(c.device))
     run = runs.Run(c, data, share, tell=not told, net=net, ema=ema, optimizer=optimizer)
     f = torch.compile(net) if c.compile else net
 
@@ -472,43 +483,54 @@ def train_diffusion(c, data, ae, share, told):
     signal = ab.sqrt().float().to(c.device)
     noise = (1 - ab).sqrt().float().to(c.device)
 
-    for step in run:
-        if step == run.began + 1:  # once, and here, where its time counts as training
-            stored = encode_all(c, ae, data)
+    def update(x, h, label, tokens, first, t, number):
+        """What an update computes, of tensors. number: which update it is, () int64.
 
-        # Latents of pictures: a draw of q(z | x), scaled. A tenth of the labels is dropped
-        x, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
-        nu = randn((len(x), *latent_shape(c)), c.seed, first, step, POSTERIOR, device=c.device)
-        if stored is None:
+        h: what the encoder says of the pictures x, or None: then it is asked.
+        """
+        # Latents of pictures: a draw of q(z | x), scaled
+        nu = randn((len(x), *latent_shape(c)), c.seed, first, number, POSTERIOR, device=c.device)
+        if h is None:
             with torch.no_grad(), flags.autocast(c):
                 h = ae.encoder(x)
-        else:
-            index, mirrored = run.index(step)
-            h = stored[(index + len(data) * mirrored).to(c.device)]
         z0 = ae.scaled(ae.drawn(h, nu))
 
         # Noised latents
-        t = 1 + (run.spread(step) * c.T).long()  # each of 1..T as often as any other
-        z_t, eps = add_noise(z0, signal[t], noise[t], c.seed, first, step, NOISE)
+        z_t, eps = add_noise(z0, signal[t], noise[t], c.seed, first, number, NOISE)
 
         # The network's guess, and how far it is off
-        tokens = None
-        if c.captions:
-            index, _ = run.index(step)
-            tokens = data.tokens(index).to(c.device)
-            tokens = drop_words(tokens, c, step, WORDLESS, WORDS_LEFT_OUT)
         with flags.autocast(c):
             out = f(z_t, t / c.T, label, tokens)
         loss = objective(c, out, z0, eps, at(signal, t, z0), at(noise, t, z0))
 
         # One step of Adam
-        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         processes.average_gradients(net)
         optimizer.step()
         ema.update(net)
-        run.log(loss=loss)
+        return dict(loss=loss)
+
+    update = gpu.recorded(update, c)  # with --graph a CUDA graph
+
+    for step in run:
+        if step == run.began + 1:  # once, and here, where its time counts as training
+            stored = encode_all(c, ae, data)
+
+        # Data and times: a tenth of the labels is dropped, for guidance
+        x, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
+        h = tokens = None
+        index, mirrored = run.index(step)
+        if stored is not None:
+            h = stored[gpu.sent(index + len(data) * mirrored, c.device)]
+        if c.captions:
+            tokens = gpu.sent(data.tokens(index), c.device)
+            tokens = drop_words(tokens, c, step, WORDLESS, WORDS_LEFT_OUT)
+        t = 1 + (run.spread(step) * c.T).long()  # each of 1..T as often as any other
+        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
+
+        # One update
+        run.log(**update(x, h, label, tokens, first, t, gpu.number(step, c.device)))
         n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
         if n:
             run.show(sample(c, ema.net, 0, n, min(20, c.T), sample_labels(c, n)))

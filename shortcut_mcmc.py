@@ -28,7 +28,7 @@ from common import early  # noqa: F401  first, since torch takes seconds
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from common import draws, flags, metrics, processes, runs, sampling, unet
+from common import draws, flags, gpu, metrics, processes, runs, sampling, unet
 from common.draws import NOISE, START, STEP, VISIT, sample_labels
 from common.files import stop
 from common.flags import option
@@ -179,28 +179,31 @@ def bound(c, net, x0, time, label, first, number):
     return weight * (GAMMA_1 - GAMMA_0) / 2 * off
 
 
-def chain(c, net, x, tau, which, label, number):
-    """K shortcuts from x = x_T down tau, and x0' at their end; the gradient goes through them all.
+def descent(c, tau):
+    """What a chain down tau (K,) goes by: its coefficients (K, 5) and times (K,), on c.device."""
+    return gpu.sent(walk(c, tau, "renoise"), c.device), gpu.sent(tau / c.T, c.device)
 
-    which (B,): the samples' numbers, and number: the start's, by which eps is drawn. x0' is not
-    clipped here: a clipped value would have no gradient.
+
+def chain(c, net, x, table, time, which, label, number):
+    """K shortcuts from x = x_T, and x0' at their end; the gradient goes through them all.
+
+    table (K, 5), time (K,): of descent; which (B,): the samples' numbers, and number: the start's, by
+    which eps is drawn. x0' is not clipped here: a clipped value would have no gradient.
     """
-    table, time = walk(c, tau, "renoise").to(x.device), (tau / c.T).to(x.device)
-
     def shortcut(x_t, i):
         with flags.autocast(c):
             out = net(x_t, time[i].expand(len(x_t)), label)
-        return denoise_step(x_t, out, table[i], c.seed, which, number + len(tau) - i, NOISE)
+        return denoise_step(x_t, out, table[i], c.seed, which, number + len(table) - i, NOISE)
 
-    for i in range(len(tau))[::-1]:
-        if c.checkpoint_chain:
-            x = recomputed(shortcut, x, i, use_reentrant=False)
+    for i in range(len(table))[::-1]:
+        if c.checkpoint_chain:  # all noise is a function of numbers: there is no state to restore
+            x = recomputed(shortcut, x, i, use_reentrant=False, preserve_rng_state=False)
         else:
             x = shortcut(x, i)
     return x
 
 
-def fidelity(c, net, x0, tau, which, label, number):
+def fidelity(c, net, x0, table, time, which, label, number):
     """F of x0 (B, ...): from x_T of x0 down a chain, and its end compared with x0. A scalar.
 
     square: |x0 - x0'|^2, the paper's, least where x0' is the mean of all x0 that x_T may come from.
@@ -213,10 +216,10 @@ def fidelity(c, net, x0, tau, which, label, number):
     signal, noise = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
     x_T = add_noise(x0, signal, noise, c.seed, which, number, NOISE, return_eps=False)
     if c.score == "square":
-        return (x0 - chain(c, net, x_T, tau, which, label, number)).square().mean()
+        return (x0 - chain(c, net, x_T, table, time, which, label, number)).square().mean()
     label = None if label is None else label.repeat(2)
     which = torch.cat([which, which + c.batch])  # the second chain's noise is its own
-    both = chain(c, net, torch.cat([x_T, x_T]), tau, which, label, number)
+    both = chain(c, net, torch.cat([x_T, x_T]), table, time, which, label, number)
     one, two = both.chunk(2)
     return (distance(x0, one) + distance(x0, two) - distance(one, two)).mean()
 
@@ -283,40 +286,58 @@ def train(c):
     data = runs.begin(c)  # sets c.shape, c.labels and the seed
     net = network(c).to(c.device)
     ema = runs.EMA(net, c.ema)
-    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, fused=c.device.type != "mps")
+    optimizer = torch.optim.Adam(runs.learnable(net), c.lr, **gpu.adam(c.device))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
     f = torch.compile(net) if c.compile else net
     every = 2 if c.alternate else c.every
 
-    for step in run:
-        # The bound, at a time for each sample: a tenth of the labels is dropped, for guidance
-        x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
-        start, number = numbers_of(c, step)
-        ends = bool(c.fidelity) and step % every == 0  # whether a chain's end is looked at
-        time, counts = drawn_times(c, run.spread(step))
+    def update(x0, label, first, u, number, table, times):
+        """What an update computes, of tensors. number: which update it is, () int64.
+
+        table, times: of the chain whose end is looked at, or None.
+        """
+        # The bound, at a time for each sample
+        start, own = numbers_of(c, number)
+        time, counts = drawn_times(c, u)
+        ends = table is not None
         with torch.set_grad_enabled(not (ends and c.alternate)):  # then only to be told
-            loss = (counts * bound(c, f, x0, time, label, first, number)).mean()
+            loss = (counts * bound(c, f, x0, time, label, first, own)).mean()
         told = dict(bound=loss)
 
-        # The end of a chain of K steps, drawn anew, from a part of the batch
+        # The end of a chain of K steps, from a part of the batch
         if ends:
-            tau = visits(c, c.K, draws.generator(c.seed, VISIT, step))
             some = slice(None, None, c.batch // c.part)  # evenly, so that each process has some
             which = torch.arange(first, first + len(x0), device=c.device)[some]
             label = None if label is None else label[some]
-            F = fidelity(c, f, x0[some], tau, which, label, start)
+            F = fidelity(c, f, x0[some], table, times, which, label, start)
             loss = c.fidelity * F + (0 if c.alternate else loss)
-        if c.fidelity:
-            told["fidelity"] = every * F if ends else 0.0  # a row's mean over updates is F's
+        if c.fidelity:  # a row's mean over updates is F's
+            told["fidelity"] = every * F if ends else torch.zeros_like(loss)
 
         # One step of Adam
-        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         processes.average_gradients(net)
         optimizer.step()
         ema.update(net)
-        run.log(**told)
+        return told
+
+    update = gpu.recorded(update, c)  # with --graph a CUDA graph
+
+    for step in run:
+        # Data and times: a tenth of the labels is dropped, for guidance
+        x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
+        u = run.spread(step)
+        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
+
+        # Where a chain's end is looked at, its steps, drawn anew
+        table = times = None
+        if c.fidelity and step % every == 0:
+            tau = visits(c, c.K, draws.generator(c.seed, VISIT, step))
+            table, times = descent(c, tau)
+
+        # One update
+        run.log(**update(x0, label, first, u, gpu.number(step, c.device), table, times))
         n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
         if n:
             run.show(sample(c, ema.net, 0, n, min(20, c.T), sample_labels(c, n)))

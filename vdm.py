@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import draws, flags, metrics, pictures, processes, runs, sampling, unet
+from common import draws, flags, gpu, metrics, pictures, processes, runs, sampling, unet
 from common.data import POINTS
 from common.draws import JUDGE, NOISE, START, STEP, sample_labels
 from common.files import inputs, stop, written
@@ -301,10 +301,11 @@ def error(c, net, x0, gamma, label, seed, first, step, stream):
     return (eps - guess).square().flatten(1).mean(1)
 
 
-def objective(c, net, gamma, x0, t, label, first, step):
-    """The loss of update `step`, and what is logged of it: a scalar, a dict.
+def objective(c, net, gamma, x0, t, label, first, number, reach):
+    """The loss of an update, and what is logged of it: a scalar, a dict.
 
-    t (B,) in [0, 1): where the samples look. One backward pass then trains all of it: the network
+    number: which update it is, an int or () int64; reach: of reach_of; t (B,) in [0, 1): where the
+    samples look. One backward pass then trains all of it: the network
     by the mean loss; gamma's ends, where they are learned, by the mean bound, with its other two
     terms; gamma's shape by the mean of the squared loss, which is least where the loss varies
     least. d mean(L^2) is d mean(L) with each sample's part times 2 L, and so it is made where the
@@ -313,7 +314,7 @@ def objective(c, net, gamma, x0, t, label, first, step):
     """
     gamma_t, factor, enters = visited(c, gamma, t)
     with flags.autocast(c):
-        off = error(c, net, x0, gamma_t, label, c.seed, first, 2 * step, NOISE)
+        off = error(c, net, x0, gamma_t, label, c.seed, first, 2 * number, NOISE)
     diffusion = factor * off
     L = weight(c, gamma_t) * diffusion
     for a in enters:
@@ -321,8 +322,7 @@ def objective(c, net, gamma, x0, t, label, first, step):
             a.register_hook(lambda gradient: 2 * L.detach() * gradient)
 
     gamma_0, gamma_1 = gamma.ends
-    eps = randn(x0.shape, c.seed, first, 2 * step + 1, NOISE, device=x0.device)
-    reach = reach_of(gamma_0.item() if c.ends == "learned" else GAMMA_0)
+    eps = randn(x0.shape, c.seed, first, 2 * number + 1, NOISE, device=x0.device)
     latent = latent_kl(onto_levels(x0) * x0, gamma_1).mean()
     recon = reconstruction(x0, gamma_0, eps, reach).mean()
     loss = L.mean()
@@ -357,9 +357,13 @@ def reach_of(gamma_0):
     """How many levels on either side weigh more in a reconstruction than fp32 can tell.
 
     gamma_0: a number. 15 standard deviations of z_0; a gamma_0 that is not finite reaches them all.
+    Rounded up to two binary digits, 4, 6, 8, 12, ...: each is a kind of update (gpu.recorded).
     """
     levels = 15 * 128 * math.exp(min(gamma_0, 0.0) / 2)
-    return math.ceil(levels) if levels < 255 else 255
+    if not levels < 255:
+        return 255
+    unit = 2 ** max(0, math.ceil(levels).bit_length() - 2)
+    return min(255, math.ceil(levels / unit) * unit)
 
 
 def reconstruction(x0, gamma_0, eps, reach):
@@ -486,24 +490,35 @@ def train(c):
     net = network(c).to(c.device)
     ema = runs.EMA(net, c.ema)
     optimizer = torch.optim.AdamW(groups(net), c.lr, (0.9, 0.99), weight_decay=c.weight_decay,
-                                  fused=c.device.type != "mps")
+                                  **gpu.adam(c.device))
     run = runs.Run(c, data, net=net, ema=ema, optimizer=optimizer)
     f = torch.compile(net) if c.compile else net
     untrained = curve(Gamma(c))
 
-    for step in run:
-        # The loss and its terms: a tenth of the labels is dropped, for guidance
-        x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
-        loss, told = objective(c, f, net.gamma, x0, run.spread(step), label, first, step)
+    def update(x0, label, first, t, number, reach):
+        """What an update computes, of tensors. number: which update it is, () int64."""
+        loss, told = objective(c, f, net.gamma, x0, t, label, first, number, reach)
 
         # One step of Adam
-        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         processes.average_gradients(net)
         optimizer.step()
         ema.update(net)
-        run.log(**told)
+        return told
+
+    update = gpu.recorded(update, c)  # with --graph a CUDA graph
+
+    for step in run:
+        # Data and times: a tenth of the labels is dropped, for guidance
+        x0, label, first = run.batch(step, drop=0.1)  # first: number of its first sample
+        t = run.spread(step)
+        # where gamma_0 is learned the GPU is waited for here
+        reach = reach_of(net.gamma.ends[0].item() if c.ends == "learned" else GAMMA_0)
+        runs.set_rate(optimizer, c.lr * min(1, step / max(1, c.warmup)))
+
+        # One update
+        run.log(**update(x0, label, first, t, gpu.number(step, c.device), reach))
         n = run.shows(20)  # from time to time a sheet of what it draws by now, in 20 steps
         if n:
             run.show(sample(c, ema.net, 0, n, min(20, c.T or 20), sample_labels(c, n)))

@@ -9,6 +9,7 @@ import functools
 import torch
 
 from common.files import stop
+from common.gpu import sent
 from common.processes import rank, world
 
 # Training and sampling never share a stream.
@@ -79,7 +80,7 @@ def drop_labels(label, c, step, share):
     -1, has no label either.
     """
     u = torch.rand(c.batch, generator=generator(c.seed, DROP, step))[part(c.batch)]
-    dropped = (u < share).to(label.device)
+    dropped = sent(u < share, label.device)
     return torch.where(dropped | (label < 0), c.labels, label)
 
 
@@ -92,7 +93,8 @@ def drop_words(tokens, c, step, share, most):
     draw = generator(c.seed, WORDS, step)
     whole, rate = torch.rand((2, c.batch, 1), generator=draw)
     word = torch.rand((c.batch, tokens.shape[1]), generator=draw)
-    dropped = ((whole < share) | (word < most * rate))[part(c.batch)].to(tokens.device)
+    dropped = ((whole < share) | (word < most * rate))[part(c.batch)]
+    dropped = sent(dropped, tokens.device)
     tokens = tokens.masked_fill(dropped, 0)
     order = (tokens == 0).int().argsort(dim=1, stable=True)  # what is left comes first
     return tokens.gather(1, order)

@@ -87,6 +87,8 @@ class Shared:
     precision: str = option("auto", "bf16: mixed; auto: bf16 where the hardware has it", ALL,
                             choices=("auto", "fp32", "bf16"))
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", ALL)
+    graph: bool = option(False, "on a CUDA GPU, record an update as a graph and replay it: faster "
+                         "where batches are small")
 
 
 # The groups that a script may take. They carry no values: those stand in its RECIPES, first row.
@@ -625,6 +627,8 @@ def place(c):
     """
     c.device = device(c.device)
     name = c.device.type
+    if c.graph and name != "cuda":
+        stop(f"--graph is for a CUDA GPU, and this is {name}: leave it out")
     if c.precision == "auto":
         # a private name of PyTorch's, absent in some releases: then fp32
         amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)

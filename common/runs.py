@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import draws, early, files, flags, pictures, processes
+from common import draws, early, files, flags, gpu, pictures, processes
 from common.data import NAMED, judgeable, load, same
 from common.files import MOST, inputs, load_checkpoint, lock, naming, save_tensors, stop, unlock
 from common.files import written
@@ -41,24 +41,34 @@ class EMA:
     """
 
     def __init__(self, net, decay):
-        self.net, self.decay, self.updates = copy.deepcopy(net), decay, 0
+        self.net, self.decay = copy.deepcopy(net), decay
         self.net.eval().requires_grad_(False)
+        device = next(net.parameters()).device
+        # on CUDA it counts there, since a graph that is replayed runs no Python
+        self.updates = gpu.number(0, device if device.type == "cuda" else "cpu")
 
     @torch.no_grad()
     def update(self, net):
         """After each update of net."""
+        mine, theirs = list(self.net.parameters()), list(net.parameters())
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
+        if self.updates.is_cuda:
+            share = (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # 1 - decay
+            steps = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(steps, share)
+            torch._foreach_add_(mine, steps)
+        else:
+            n = int(self.updates)
+            torch._foreach_lerp_(mine, theirs, 1 - min(self.decay, (1 + n) / (10 + n)))
         for mine, theirs in zip(self.net.buffers(), net.buffers()):
             mine.copy_(theirs)
 
     def state_dict(self):
-        return dict(net=self.net.state_dict(), updates=self.updates)
+        return dict(net=self.net.state_dict(), updates=int(self.updates))
 
     def load_state_dict(self, state):
         self.net.load_state_dict(state["net"])
-        self.updates = state["updates"]
+        self.updates.fill_(state["updates"])
 
 
 def learnable(net):
@@ -67,9 +77,18 @@ def learnable(net):
 
 
 def set_rate(optimizer, rate):
-    """The learning rate of this update; in a group with a `scale` of its own, that much of it."""
+    """The learning rate of this update; in a group with a `scale` of its own, that much of it.
+
+    On CUDA it is a tensor that stays where it is, for a graph to read.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("scale", 1)
+        value = rate * group.get("scale", 1)
+        if not group["capturable"]:
+            group["lr"] = value
+        elif isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = gpu.number(float(value), group["params"][0].device)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -610,7 +629,8 @@ class Run:
 
     def spread(self, step):
         """One u in [0, 1) for each sample of this process's part, evenly spread: float32 (b,)."""
-        return draws.spread(self.c, step)[draws.part(self.c.batch)].float().to(self.c.device)
+        u = draws.spread(self.c, step)[draws.part(self.c.batch)].float()
+        return gpu.sent(u, self.c.device)
 
     # ----------------------------------------------------------------------------- the loop
     def _finished(self):
@@ -761,7 +781,9 @@ class Run:
         """
         columns, numbers = {}, []
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.c.device).detach()
+            if not isinstance(value, torch.Tensor):
+                value = gpu.number(float(value), self.c.device)
+            value = value.detach().to(self.c.device, torch.float32)
             many = range(1, value.numel() + 1)
             columns[name] = [f"{name}_{i}" for i in many] if value.ndim else [name]
             numbers.append(value.reshape(-1))

@@ -12,7 +12,8 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 METHOD = {"network", "walk", "objective", "sample", "denoise", "train", "main", "load", "check",
           "bound", "bits_per_dim", "few"}
 BANNERS = ["Flags", "Notation", "The method", "Sample", "Train", "Main"]
-NARROW = [*SCRIPTS, *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")]
+NARROW = [path for folder in ("", "common/", "kernels/", "tests/")
+          for path in sorted(ROOT.glob(f"{folder}*.py"))]
 WIDE = {f"{name}.py" for name in (  # from before there was a width; it goes with the next change
     "aot", "interp_group_norm", "interp_noise_diffuse", "test_bench", "test_data", "test_diffuse",
     "test_group_norm", "test_metrics", "test_noise", "test_pictures")}

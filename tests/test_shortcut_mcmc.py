@@ -81,7 +81,8 @@ def test_the_fidelity_of_the_best_denoiser(K, predict):
     c = settings(batch=20_000, predict=predict)
     x0, net = 0.5 * randn((20_000, 2), 1, step=9), Best(c, 0.25)
     with torch.no_grad():
-        F = shortcut.fidelity(c, net, x0, timesteps(200, K), torch.arange(20_000), None, 202)
+        F = shortcut.fidelity(c, net, x0, *shortcut.descent(c, timesteps(200, K)),
+                              torch.arange(20_000), None, 202)
     assert len(net.times) == K
     assert F.item() == pytest.approx(CHAINS[K][3], rel=4 * (2 / 40_000) ** 0.5)
 
@@ -118,7 +119,7 @@ def test_no_chain_gets_below_what_x_T_tells(monkeypatch):
 
     def F(maps):
         net = Linear(c, tau, maps)
-        return shortcut.fidelity(c, net, x0, tau, which, None, 202), net
+        return shortcut.fidelity(c, net, x0, *shortcut.descent(c, tau), which, None, 202), net
 
     assert F(LEAK)[0] > 200
     best, maps = 9e9, [0.5, 0.05]
@@ -147,7 +148,7 @@ def test_a_chain_of_all_T_steps_is_the_loop_by_hand(predict):
     tau = torch.arange(1, T + 1)
     which = torch.arange(n)
     start = randn((n, 1, 2, 2), 4)
-    got = shortcut.chain(c, net, start, tau, which, None, 70)
+    got = shortcut.chain(c, net, start, *shortcut.descent(c, tau), which, None, 70)
     x = start.double()
     for k, t in enumerate(range(T, 0, -1), 1):
         gamma = torch.tensor([-13.3 + 18.3 * t / T, -13.3 + 18.3 * (t - 1) / T]).double()
@@ -163,7 +164,8 @@ def test_the_gradient_reaches_the_first_step():
     c = settings(batch=8)
     tau = torch.tensor([40, 90, 200])
     net = Linear(c, tau, [0.9, 0.5, 0.1])
-    F = shortcut.fidelity(c, net, randn((8, 2), 1), tau, torch.arange(8), None, 202)
+    F = shortcut.fidelity(c, net, randn((8, 2), 1), *shortcut.descent(c, tau), torch.arange(8),
+                          None, 202)
     F.backward()
     assert (net.maps.grad.abs() > 1e-6).all(), net.maps.grad
 
@@ -178,7 +180,8 @@ def test_a_chain_that_is_computed_anew_has_the_same_gradient(score):
         net = shortcut.network(c)
         with torch.no_grad():
             net.last.weight += 0.1 * randn(net.last.weight.shape, 3)
-        shortcut.fidelity(c, net, x0, tau, torch.arange(8), None, 202).backward()
+        F = shortcut.fidelity(c, net, x0, *shortcut.descent(c, tau), torch.arange(8), None, 202)
+        F.backward()
         gradients.append([p.grad for p in net.parameters() if p.grad is not None])
     for kept, again in zip(*gradients):
         assert_close(kept, again)
@@ -222,7 +225,8 @@ def test_no_two_noises_of_training_are_one(monkeypatch):
     for step in (1, 2):
         start, number = shortcut.numbers_of(c, step)
         shortcut.bound(c, net, x0, torch.full((4,), 0.5), None, 0, number)
-        shortcut.fidelity(c, net, x0, torch.tensor([1, 2, 3]), which, None, start)
+        chain = shortcut.descent(c, torch.tensor([1, 2, 3]))
+        shortcut.fidelity(c, net, x0, *chain, which, None, start)
     assert len(seen) == len(set(seen)) == 2 * (4 + 4 + 3 * 8)
 
 
@@ -281,7 +285,8 @@ def test_the_best_denoiser_s_chain_is_near_the_least_energy_and_not_there():
     want = ((2 * first - apart) * (2 / torch.pi) ** 0.5).item()
     with torch.no_grad():
         tau = timesteps(200, 10)
-        F = shortcut.fidelity(c, Best(c, 1.0), x0, tau, torch.arange(40_000), None, 202).item()
+        F = shortcut.fidelity(c, Best(c, 1.0), x0, *shortcut.descent(c, tau),
+                              torch.arange(40_000), None, 202).item()
     assert F == pytest.approx(want, abs=0.02) and 1.128379 + 0.03 < F < 1.595769 - 0.3
 
 
@@ -290,7 +295,8 @@ def test_the_energy_of_a_chain_prefers_the_right_spread():
     c = settings(score="energy", batch=20_000)
     x0, which, tau = randn((20_000, 2), 1, step=9), torch.arange(20_000), torch.tensor([199, 200])
     # x_199 is nearly all noise, the chain's own, which the last step turns into x0' = m x_199
-    F = [shortcut.fidelity(c, Linear(c, tau, [m, 0.0]), x0, tau, which, None, 202).item()
+    F = [shortcut.fidelity(c, Linear(c, tau, [m, 0.0]), x0, *shortcut.descent(c, tau), which, None,
+                           202).item()
          for m in (0.0, 0.5, 1.0, 1.5, 2.0)]
     assert F[2] == min(F) and F[0] > F[1] > F[2] < F[3] < F[4], F
 

@@ -396,7 +396,7 @@ def test_one_backward_pass_has_three_gradients(T, weight):
         return inner(x) * time.view(-1, 1, 1, 1)
 
     everything = [*inner.parameters(), *gamma.parameters()]
-    loss, told = vdm.objective(c, net, gamma, x0, t, None, 3, 5)
+    loss, told = vdm.objective(c, net, gamma, x0, t, None, 3, 5, 255)
     got = torch.autograd.grad(loss, everything)
 
     # the same by hand, without hooks
@@ -462,7 +462,8 @@ def test_the_learned_shape_nears_its_optimum(variance, want):
     assert second() == pytest.approx(1.273769 if variance == 1 else 1.407513, rel=0.02)
     for step in range(1, 401):
         x0 = variance ** 0.5 * randn((256, 16), 1, step=step)
-        loss, _ = vdm.objective(c, net, gamma, x0, draws.spread(c, step).float(), None, 0, step)
+        loss, _ = vdm.objective(c, net, gamma, x0, draws.spread(c, step).float(), None, 0, step,
+                                255)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

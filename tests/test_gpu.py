@@ -1,0 +1,270 @@
+"""common/gpu.py: recorded updates. A graph made of Python stands for CUDA's.
+
+It is as strict as one: recording computes nothing, and a replay sees only what lies in the memory
+that was recorded. The same for real runs on a GPU is at the end.
+"""
+import contextlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from common import gpu, runs
+from conftest import SMALL, run
+from test_scripts import losses, same, weights
+
+CUDA = SimpleNamespace(graph=True, device=SimpleNamespace(type="cuda"))
+
+
+def plain_values(update):
+    """What a function finds around it that a graph would keep as it was: values, and addresses."""
+    found = {}
+    for name, cell in zip(update.__code__.co_freevars, update.__closure__ or ()):
+        value = cell.cell_contents
+        found[name] = value.data_ptr() if isinstance(value, torch.Tensor) else \
+            value if isinstance(value, (int, float, str, tuple, type(None))) else id(value)
+    return found
+
+
+class PythonGraph:
+    """A CUDA graph without CUDA."""
+
+    def replay(self):
+        assert plain_values(self.update) == self.around, "a graph keeps what it was recorded with"
+        told = self.update(*self.reads)
+        assert told.keys() == self.writes.keys()
+        for name, value in told.items():
+            self.writes[name].copy_(value.detach())
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs recorded so far, by what stands for torch.cuda; gpu.recorded records on the CPU."""
+    kept, recording, real = [], [], gpu.recorded
+
+    @contextlib.contextmanager
+    def graph(new, pool):
+        assert pool == "pool"
+        recording.append(new)
+        kept.append(new)
+        try:
+            yield
+        finally:
+            recording.pop()
+
+    def recorded(update, c):
+        before = []
+
+        def watched(*arguments):
+            if not recording:
+                before[:] = [update(*arguments)]
+                return before[0]
+            new = recording[-1]  # nothing is computed
+            new.update, new.reads, new.replays = update, arguments, 0
+            new.around = plain_values(update)
+            new.writes = {name: torch.full_like(value, torch.nan, dtype=torch.float32)
+                          for name, value in before[0].items()}
+            return new.writes
+        return real(watched, CUDA)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(current_stream=lambda: stream, Stream=lambda: stream,
+                            stream=lambda s: contextlib.nullcontext(), CUDAGraph=PythonGraph,
+                            graph=graph, graph_pool_handle=lambda: "pool",
+                            set_stream=lambda s: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpu, "recorded", recorded)
+    return kept
+
+
+# ------------------------------------------------------------------------------------ the updates
+def test_every_call_is_one_update(graphs):
+    """Of each kind, shape or plain value, the first few as they are, then replayed; none is lost."""
+    total, said = torch.zeros(()), []
+
+    def update(x, sign, extra):
+        total.add_(sign * x.sum() + (0 if extra is None else extra.sum()))
+        return dict(total=total)
+
+    add = gpu.recorded(update, CUDA)
+    want, two = 0.0, torch.ones(2)
+    for i in range(24):
+        sign = (1, -2)[i % 2]
+        x = torch.full((1 + i % 3,), float(i))
+        extra = two * i if i % 4 == 0 else None
+        want += sign * x.sum().item() + (0 if extra is None else extra.sum().item())
+        said.append(add(x, sign, extra)["total"].item())
+        assert said[-1] == want == total.item()
+    # of i mod 12 there are nine kinds: 3 shapes, each with sign -2, and sign 1 with and without
+    assert len(graphs) == 0
+    for i in range(24, 96):
+        sign, x = (1, -2)[i % 2], torch.full((1 + i % 3,), float(i))
+        extra = two * i if i % 4 == 0 else None
+        want += sign * x.sum().item() + (0 if extra is None else extra.sum().item())
+        assert add(x, sign, extra)["total"].item() == want == total.item()
+    assert len(graphs) == 9 and sum(graph.replays for graph in graphs) == 96 - 9 * gpu.WARM
+
+
+def test_what_cannot_be_recorded_goes_on_as_it_is(graphs, monkeypatch, capsys):
+    total = torch.zeros(())
+
+    def update(x):
+        total.add_(x)
+        return dict(total=total)
+
+    @contextlib.contextmanager
+    def fails(graph, pool):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    add = gpu.recorded(update, CUDA)
+    for i in range(8):
+        assert add(torch.tensor(1.0))["total"] == i + 1
+    said = capsys.readouterr().err
+    assert said == ("training without a CUDA graph: operation not permitted when stream is "
+                    "capturing\n")
+
+
+def test_several_processes_record_nothing(monkeypatch, capsys):
+    def update():
+        return {}
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert gpu.recorded(update, CUDA) is update
+    assert capsys.readouterr().err == "--graph records nothing with several processes\n"
+    monkeypatch.setenv("RANK", "1")
+    assert gpu.recorded(update, CUDA) is update and not capsys.readouterr().err
+
+
+def test_nothing_is_recorded_that_was_not_asked_for(monkeypatch):
+    def update():
+        return {}
+
+    cpu = torch.device("cpu")
+    assert gpu.recorded(update, SimpleNamespace(graph=True, device=cpu)) is update
+    assert gpu.recorded(update, SimpleNamespace(graph=False, device=CUDA.device)) is update
+
+
+def test_a_graph_without_a_gpu_is_one_line(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("here it is allowed")
+    done = run(tmp_path, "ddim", "--train", "--graph", code=2)
+    assert done.stderr == "--graph is for a CUDA GPU, and this is cpu: leave it out\n"
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- whole trainings
+KINDS = {"ddpm": 1, "ddim": 1, "vdm": 1, "shortcut_mcmc": 2, "ldm": 2, "ddgan": 4}
+UPDATES = {script: ["--iters", "30"] for script in SMALL}
+UPDATES["ddgan"] = ["--iters", "60", "--pretrain", "24", "--pretrain-z", "12"]
+UPDATES["ldm"] = ["--iters", "20", "--latent", "vq", "--codes", "16"]
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_recorded_training_is_the_same_to_the_bit(script, graphs, tmp_path, monkeypatch):
+    """Weights, means, moments and what was logged, in each kind of update that the script has."""
+    given = ["--train", *SMALL[script], *UPDATES[script], "--device", "cpu", "--conditional"]
+    if script == "ddgan":
+        monkeypatch.setattr(sys.modules["ddgan"], "HEAD_START", 12)
+    run(tmp_path, script, *given, "--run", "recorded")
+    assert len(graphs) == KINDS[script] and all(graph.replays for graph in graphs)
+    monkeypatch.undo()
+    if script == "ddgan":
+        monkeypatch.setattr(sys.modules["ddgan"], "HEAD_START", 12)
+    run(tmp_path, script, *given, "--run", "plain")
+    for stage in ([".", "autoencoder"] if script == "ldm" else ["."]):
+        one, other = weights(tmp_path / "recorded" / stage), weights(tmp_path / "plain" / stage)
+        for name in ("net", "autoencoder", "ema", "optimizer", "critic", "optimizer_d"):
+            assert (name in one) == (name in other)
+            assert name not in one or same(one[name], other[name]), name
+        curves = losses(tmp_path / "recorded" / stage), losses(tmp_path / "plain" / stage)
+        assert (curves[0] == curves[1]).all()
+
+
+def test_a_run_may_be_recorded_from_where_it_was_stopped(graphs, tmp_path, monkeypatch):
+    given = ["--train", *SMALL["ddpm"], "--device", "cpu"]
+    run(tmp_path, "ddpm", *given, "--iters", "30", "--run", "one")
+    monkeypatch.undo()
+    run(tmp_path, "ddpm", *given, "--iters", "10", "--run", "two")
+    assert len(graphs) == 1
+    run(tmp_path, "ddpm", *given, "--iters", "30", "--run", "two")
+    assert same(weights(tmp_path / "one")["net"], weights(tmp_path / "two")["net"])
+
+
+# ------------------------------------------------------------------------------- what a graph needs
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+    is_cuda = True
+
+
+def test_the_running_mean_on_a_gpu_is_that_of_the_cpu():
+    """There the decay is a tensor, computed from the count of updates."""
+    net = torch.nn.Linear(3, 2)
+    for decay in (0.9, 0.9999):
+        here, there = runs.EMA(net, decay), runs.EMA(net, decay)
+        there.updates = there.updates.as_subclass(OnGpu)
+        for step in range(200):
+            with torch.no_grad():
+                net.weight.add_(torch.randn(2, 3))
+            here.update(net)
+            there.update(net)
+        assert int(there.updates) == 200 == there.state_dict()["updates"]
+        assert_close(torch.Tensor(there.net.weight), here.net.weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rate_that_a_graph_reads_stays_where_it_is():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([dict(params=[w]), dict(params=[w.detach()], scale=0.5)], 1e-3)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    runs.set_rate(optimizer, 0.25)
+    first = [group["lr"] for group in optimizer.param_groups]
+    runs.set_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == first
+    assert [rate.item() for rate in first] == [0.5, 0.25]
+    assert all(a is group["lr"] for a, group in zip(first, optimizer.param_groups))
+    for group in optimizer.param_groups:
+        group["capturable"] = False
+    runs.set_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.0625]
+
+
+# ------------------------------------------------------------------------------------------ on a GPU
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("script", SMALL)
+def test_gpu_a_recorded_training_is_that_of_a_plain_one(script, tmp_path):
+    """fp32, 50 updates and 10 after a stop; a convolution's backward may differ in its last bit."""
+    given = ["--train", *SMALL[script], *UPDATES[script], "--iters", "50", "--device", "cuda"]
+    run(tmp_path, script, *given, "--run", "plain")
+    done = run(tmp_path, script, *given, "--run", "recorded", "--graph")
+    assert "without a CUDA graph" not in done.stderr
+    run(tmp_path, script, *given, "--iters", "60", "--run", "plain")
+    run(tmp_path, script, *given, "--iters", "60", "--run", "recorded", "--graph")
+    one, other = weights(tmp_path / "recorded")["net"], weights(tmp_path / "plain")["net"]
+    for name in one:
+        assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+@on_gpu
+def test_gpu_pictures_are_gathered_from_a_copy_there(monkeypatch):
+    from common.data import load
+    data = load("digits")
+    index, flip = torch.tensor([3, 17_000, 3]), torch.tensor([True, False, False])
+    device = torch.device("cuda:0")
+    want = data.batch(index, "cpu", flip)
+    for got in (data.batch(index, device, flip), data.batch(index, device, flip)):
+        assert_close(got[0].cpu(), want[0])
+        assert_close(got[1].cpu(), want[1])
+    assert data.there.device == device
+    data.there = None
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=data.images.nbytes))
+    assert_close(data.batch(index, device, flip)[0].cpu(), want[0])
+    assert data.there is None
