@@ -1,30 +1,34 @@
-"""Noising and the denoising update: each input read once, each output written once, noise made in registers.
+"""Noising and the denoising update: each input read once, each output written once, noise made in
+registers.
 
 add_noise.     x_t = a x0 + s eps              a, s per sample; x0 float, or uint8 scaled to [-1, 1]
 denoise_step.  o      = out, or out_uncond + guidance (out - out_uncond)
                x0     = p_x x + p_out o        clamped to [-1, 1] if asked
-               x_prev = c_x x + c_0 x0 + c_n eps       (std eps, element by element, where std is given)
+               x_prev = c_x x + c_0 x0 + c_n eps   (std eps, element by element, where std is given)
 
-coef = (p_x, p_out, c_x, c_0, c_n), per step or per sample. DDPM, DDIM of any eta, the DDGAN posterior, VDM's
-reverse step and the shortcut's re-noising all have this form. DDIM goes to a' x0 + k eps_hat + c_n eps with
-eps_hat re-derived from the clamped x0 as (x - a x0) / s: c_x = k / s, c_0 = a' - k a / s.
+coef = (p_x, p_out, c_x, c_0, c_n), per step or per sample. DDPM, DDIM of any eta, the DDGAN
+posterior, VDM's reverse step and the shortcut's re-noising all have this form. DDIM goes to
+a' x0 + k eps_hat + c_n eps with eps_hat re-derived from the clamped x0 as (x - a x0) / s:
+c_x = k / s, c_0 = a' - k a / s.
 eps is `noise.randn`, a function of (seed, stream, step, sample, element), whatever the layout of x.
 
-Bytes per element of s bytes (state x: 4 bytes); in eager PyTorch each operator reads and writes memory. The
-kernels move the fewest, with so many instructions per element on sm_90 (28 to 30 of them make the noise):
+Bytes per element of s bytes (state x: 4 bytes); in eager PyTorch each operator reads and writes
+memory. The kernels move the fewest, with so many instructions per element on sm_90 (28 to 30 of
+them make the noise):
 
                                           fewest     eager     instructions
     add_noise, uint8 -> float32              9         53          39
     add_noise, float                        3 s        8 s     32, 16-bit 34
-    denoise_step                           8 + s       80      39, 16-bit 42  (eager 84 + s where out must be widened)
+    denoise_step                           8 + s       80      39, 16-bit 42
+                                                 (eager 84 + s where out must be widened)
       with clamp                             0         + 8         + 2
       with out_uncond                       + s       + 32
       with std                              + s        + 4     all, and x0: 46, 16-bit 53
     its backward                           8 + s       44
       with clamp                          12 + 2 s     56          14
 
-Where layouts differ (a channels_last prediction beside a row-major state) the update takes 46, 16-bit 48; noising
-of channels_last pictures 57 and 63, with narrow accesses.
+Where layouts differ (a channels_last prediction beside a row-major state) the update takes 46,
+16-bit 48; noising of channels_last pictures 57 and 63, with narrow accesses.
 """
 import torch
 
@@ -36,8 +40,7 @@ if triton is not None:  # kernels.noise decides: where Triton can be of use
     from kernels.noise import normals
 
 
-# ------------------------------------------------------------------------------------------ plain PyTorch
-
+# --------------------------------------------------------------------------------------- Definition
 def _per_row(v, x, dtype):
     """(B,) or () -> broadcastable against x (B, ...), in `dtype`."""
     return v.to(dtype).reshape(-1, *[1] * (x.dim() - 1)) if v.dim() else v.to(dtype)
@@ -48,13 +51,53 @@ def _mirror(x, flip):
 
 
 def _add_noise_plain(x0, a, s, eps, flip):
-    """The specification of `add_noise`, eps given in the working precision; differentiable in x0, a and s."""
+    """The specification of `add_noise`, eps given in the working precision;
+    differentiable in x0, a and s."""
     dtype, work = (torch.float32 if x0.dtype == torch.uint8 else x0.dtype), eps.dtype
     x = x0.to(work) / 127.5 - 1 if x0.dtype == torch.uint8 else x0.to(work)
     if flip is not None:
         x = _mirror(x, flip)
     x_t = torch.addcmul(_per_row(a, x, work) * x, _per_row(s, x, work), eps)
     return x_t.to(dtype), eps.to(dtype)
+
+
+def add_noise(x0, a, s, seed, sample=0, step=0, stream=0, *, flip=None, return_eps=True):
+    """(x_t, eps): x_t = a x0 + s eps with eps = `noise.randn` of (seed, stream, step, sample,
+    element).
+
+    x0: (B, ...) float32, bfloat16, float16, float64, or uint8 (scaled: x0 / 127.5 - 1);
+    any memory layout.
+    a, s: (B,) float. flip: bool (B,) or None; the last axis of those rows is mirrored, in x0 only.
+    seed, sample, step, stream: as in `noise.randn`.
+    return_eps=False: x_t alone, and eps is never written.
+    Both results: x0's shape and type (float32 for uint8), computed in float32 and rounded once.
+    Differentiable in float x0, a and s; eps is a constant.
+    ValueError on a wrong type, shape or device.
+    """
+    if not isinstance(x0, torch.Tensor) or x0.dim() < 1 or x0.dtype not in (torch.uint8, *FLOATS):
+        what = (f"{tuple(x0.shape)} {x0.dtype}" if isinstance(x0, torch.Tensor)
+                else type(x0).__name__)
+        raise ValueError(f"x0 must be a uint8 or float tensor of shape (B, ...), not {what}")
+    rows = x0.shape[0]
+    _check("a", a, x0, FLOATS, [(rows,)])
+    _check("s", s, x0, FLOATS, [(rows,)])
+    if flip is not None:
+        _check("flip", flip, x0, (torch.bool,), [(rows,)])
+        if x0.dim() < 2:
+            raise ValueError("flip mirrors the last axis of each row, and x0 (B,) has none")
+    rng = check_rng(rows, seed, sample, step, stream, x0.device)
+    if _fused(x0) and not _grad(a, s):
+        if _grad(x0):
+            x_t, eps = _AddNoise.apply(x0, a, s, rng, flip, return_eps)
+        else:
+            dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
+            x_t, eps = _like(x0, dtype), _like(x0, dtype) if return_eps else None
+            _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
+    else:
+        work = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        x_t, eps = _add_noise_plain(
+            x0, a, s, randn(x0.shape, *rng, dtype=work, device=x0.device), flip)
+    return (x_t, eps) if return_eps else x_t
 
 
 def _denoise_plain(x, out, coef, eps, out_uncond, guidance, clip, std):
@@ -76,24 +119,75 @@ def _denoise_plain(x, out, coef, eps, out_uncond, guidance, clip, std):
     return x_prev.to(x.dtype), x0.to(x.dtype)
 
 
+def denoise_step(x, out, coef, seed=0, sample=0, step=0, stream=0, *, out_uncond=None, guidance=1.0,
+                 clip=False, std=None, return_x0=False):
+    """One step of any sampler (see the head of this file): x_prev, or (x_prev, x0) with return_x0.
+
+    x: (B, ...) state, float32 (or 16-bit, or float64). out, out_uncond: x's shape, any float type.
+    coef: float32 (5,) or (B, 5) = (p_x, p_out, c_x, c_0, c_n).
+    guidance: number or float (B,); 1 is `out` itself.
+    clip: clamp x0 to [-1, 1]. std: x's shape, stands in for c_n (learned variance).
+    seed, sample, step, stream: as in `noise.randn`.
+    All tensors: on x's device, in any memory layout.
+    Results: x's shape and type, computed in float32 and rounded once. c_n = 0 adds exactly nothing.
+    Differentiable in x, out and out_uncond (on CUDA by one kernel), and in coef, guidance and std
+    (by plain PyTorch). ValueError on a wrong type, shape or device.
+    """
+    if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.dtype not in FLOATS:
+        what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x must be a float tensor of shape (B, ...), not {what}")
+    rows, shape = x.shape[0], [tuple(x.shape)]
+    for name, t in (("out", out), ("out_uncond", out_uncond), ("std", std)):
+        if t is not None or name == "out":
+            _check(name, t, x, FLOATS, shape)
+    _check("coef", coef, x,
+           (torch.float64, torch.float32) if x.dtype == torch.float64 else (torch.float32,),
+           [(5,), (rows, 5)])
+    if isinstance(guidance, torch.Tensor):
+        _check("guidance", guidance, x, FLOATS, [(rows,)])
+    elif not isinstance(guidance, (int, float)):
+        raise ValueError(f"guidance must be a number or a float tensor of shape ({rows},), "
+                         f"not {guidance!r}")
+    rng = check_rng(rows, seed, sample, step, stream, x.device)
+    clip = bool(clip)
+    if _fused(x) and not _grad(coef, guidance, std):
+        if _grad(x, out, out_uncond):
+            y, x0 = _DenoiseStep.apply(
+                x, out, out_uncond, coef, rng, guidance, clip, std, return_x0)
+        else:
+            y, x0 = _like(x), _like(x) if return_x0 else None
+            _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0)
+    else:
+        work = torch.float64 if x.dtype == torch.float64 else torch.float32
+        noisy = (std is not None or coef.requires_grad or coef.device.type != "cpu" or traced(coef)
+                 or bool(coef[..., 4].any()))  # what is not seen is not drawn
+        eps = randn(x.shape, *rng, dtype=work, device=x.device) if noisy else None
+        y, x0 = _denoise_plain(x, out, coef, eps, out_uncond, guidance, clip, std)
+    return (y, x0) if return_x0 else y
+
+
 def _denoise_backward_plain(g, h, x, out, out_uncond, coef, guidance, clip, guided):
-    """Gradients of x, out and out_uncond from those of x_prev and x0 (or None). Without clip x, out and out_uncond are not read."""
+    """Gradients of x, out and out_uncond from those of x_prev and x0 (or None).
+
+    Without clip x, out and out_uncond are not read.
+    """
     p_x, p_out, c_x, c_0, _ = (_per_row(c, g, torch.float32) for c in coef.unbind(-1))
     w = _per_row(guidance, g, torch.float32) if isinstance(guidance, torch.Tensor) else guidance
     g = g.float()
     d = c_0 * g if h is None else c_0 * g + h.float()
     if clip:
-        o = out.float() if out_uncond is None else out_uncond.float() + w * (out.float() - out_uncond.float())
+        o = (out.float() if out_uncond is None
+             else out_uncond.float() + w * (out.float() - out_uncond.float()))
         d = d * (p_x * x.float() + p_out * o).abs().le(1)
     return c_x * g + p_x * d, p_out * d * (w if guided else 1), p_out * d * (1 - w)
 
 
-# ------------------------------------------------------------------------------------------------- Triton
-
+# ------------------------------------------------------------------------------------------- Triton
 if triton is not None:
-    # e: an element's index in its sample's C, H, W order. SPATIAL 0: samples lie in memory in that order.
-    # Else SPATIAL = H * W (a constant: division becomes multiplication), and each tensor has its own strides
-    # of channel e // SPATIAL and place e % SPATIAL: channels_last, slices of it, ...
+    # e: an element's index in its sample's C, H, W order.
+    # SPATIAL 0: samples lie in memory in that order. Else SPATIAL = H * W (a constant: division
+    # becomes multiplication), and each tensor has its own strides of channel e // SPATIAL and place
+    # e % SPATIAL: channels_last, slices of it, ...
 
     @triton.jit
     def _at(e, b, b_stride, c_stride, p_stride, SPATIAL: tl.constexpr):
@@ -120,7 +214,8 @@ if triton is not None:
         y_ptr, eps_ptr,  # (B, C, spatial) out: x_t, and eps or None, float, of equal strides
         y_b, y_c, y_p,
         size,  # elements of a sample: C * spatial
-        seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id,  # see noise.normals
+        seed_ptr, seed_lo, seed_hi,  # see noise.normals
+        sample_ptr, sample, step_ptr, step, stream_id,
         QUADS: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr,
     ):
         b = tl.program_id(0).to(tl.int64)
@@ -132,9 +227,10 @@ if triton is not None:
             source = e + tl.load(flip_ptr + b).to(tl.int32) * (WIDTH - 1 - 2 * (e % WIDTH))
         x = _load(x_ptr, source, mask, b, x_b, x_c, x_p, SPATIAL)
         if x_ptr.dtype.element_ty == tl.uint8:
-            x = (x - 127.5) * 0.00784313725490196  # x / 127.5 - 1 in one fused step would pass 1 at 255
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id, QUADS,
-                    y_ptr.dtype.element_ty.primitive_bitwidth == 16)
+            # x / 127.5 - 1 in one fused step would pass 1 at 255
+            x = (x - 127.5) * 0.00784313725490196
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step,
+                    stream_id, QUADS, y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(a_ptr + b) * x + tl.load(s_ptr + b) * n
         _store(y_ptr, y, e, mask, b, y_b, y_c, y_p, SPATIAL)
         if eps_ptr is not None:
@@ -148,9 +244,11 @@ if triton is not None:
         std_ptr, std_b, std_c, std_p,  # the same of the noise's scale, or None: c_n
         coef_ptr, coef_b,  # (5,) with row stride 0, or (B, 5) float32
         guide_ptr, guide,  # (B,) float32, or None: a number
-        y_ptr, x0_ptr, y_b, y_c, y_p,  # (B, C, spatial) out: x_prev, and x0 or None; of equal strides
+        y_ptr, x0_ptr,  # (B, C, spatial) out: x_prev, and x0 or None; of equal strides
+        y_b, y_c, y_p,
         size,
-        seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id,
+        seed_ptr, seed_lo, seed_hi,
+        sample_ptr, sample, step_ptr, step, stream_id,
         QUADS: tl.constexpr, CLIP: tl.constexpr, SPATIAL: tl.constexpr,
     ):
         b = tl.program_id(0).to(tl.int64)
@@ -173,8 +271,8 @@ if triton is not None:
             scale = _load(std_ptr, e, mask, b, std_b, std_c, std_p, SPATIAL)
         else:
             scale = tl.load(row + 4)
-        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step, stream_id, QUADS,
-                    y_ptr.dtype.element_ty.primitive_bitwidth == 16)
+        n = normals(tile, b, seed_ptr, seed_lo, seed_hi, sample_ptr, sample, step_ptr, step,
+                    stream_id, QUADS, y_ptr.dtype.element_ty.primitive_bitwidth == 16)
         y = tl.load(row + 2) * x + tl.load(row + 3) * x0 + scale * n
         _store(y_ptr, y, e, mask, b, y_b, y_c, y_p, SPATIAL)
         if x0_ptr is not None:
@@ -214,7 +312,8 @@ if triton is not None:
                 u = _load(unc_ptr, e, mask, b, unc_b, unc_c, unc_p, SPATIAL)
                 o = u + guide * (o - u)
             x0 = p_x * x + p_out * o
-            d = tl.where((x0 >= -1.0) & (x0 <= 1.0), d, 0.0)  # clamp passes the gradient at its edges, too
+            # clamp passes the gradient at its edges, too
+            d = tl.where((x0 >= -1.0) & (x0 <= 1.0), d, 0.0)
         if dx_ptr is not None:
             dx = tl.load(row + 2) * g + p_x * d
             _store(dx_ptr, dx, e, mask, b, dx_b, dx_c, dx_p, SPATIAL)
@@ -228,8 +327,67 @@ if triton is not None:
             _store(du_ptr, (1.0 - guide) * d, e, mask, b, du_b, du_c, du_p, SPATIAL)
 
 
+# ----------------------------------------------------------------------------------------- Autograd
+class _AddNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x0, a, s, rng, flip, want_eps):
+        x_t, eps = _like(x0), _like(x0) if want_eps else None
+        _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
+        ctx.save_for_backward(a, flip)
+        if want_eps:
+            ctx.mark_non_differentiable(eps)
+        return x_t, eps
+
+    @staticmethod
+    def backward(ctx, g, _):
+        a, flip = ctx.saved_tensors
+        dx = (g * _per_row(a, g, torch.float32)).to(g.dtype)
+        if flip is not None:
+            dx = _mirror(dx, flip)
+        return dx, None, None, None, None, None
+
+
+class _DenoiseStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, out, out_uncond, coef, rng, guidance, clip, std, want_x0):
+        y, x0 = _like(x), _like(x) if want_x0 else None
+        _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0)
+        ctx.set_materialize_grads(False)
+        # The update is linear except for the clamp, which alone needs the inputs again.
+        per_row = isinstance(guidance, torch.Tensor)
+        ctx.save_for_backward(coef, guidance if per_row else None,
+                              *((x, out, out_uncond) if clip else (None, None, None)))
+        ctx.guidance, ctx.clip = None if per_row else guidance, clip
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, out, out_uncond)]
+        return y, x0
+
+    @staticmethod
+    def backward(ctx, g, h):
+        coef, guidance, x, out, out_uncond = ctx.saved_tensors
+        if g is None:
+            if h is None:
+                return (None,) * 9
+            g = torch.zeros_like(h)
+        guidance = ctx.guidance if guidance is None else guidance
+        needs, guided = ctx.needs_input_grad[:3], ctx.dtypes[2] is not None
+        if torch.is_grad_enabled():
+            # create_graph: these gradients may be differentiated themselves, so by operators that
+            # can be
+            grads = _denoise_backward_plain(
+                g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided)
+            grads = [d.to(dtype) if need else None
+                     for d, dtype, need in zip(grads, ctx.dtypes, needs)]
+        else:
+            grads = [_like(g, dtype) if need else None for dtype, need in zip(ctx.dtypes, needs)]
+            _denoise_backward_triton(
+                g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided, *grads)
+        return *grads, None, None, None, None, None, None
+
+
+# -------------------------------------------------------------------------------- Launch and checks
 def _strides(x):
-    """(sample, channel, place) strides of x (B, C, *spatial), (B, C), (B,); None where three cannot do."""
+    """(sample, channel, place) strides of x (B, C, *spatial), (B, C), (B,);
+    None where three cannot do."""
     place, size = 0, 1
     for n, stride in reversed(tuple(zip(x.shape[2:], x.stride()[2:]))):
         if n > 1:
@@ -275,14 +433,18 @@ def _coef_args(coef, guidance):
 
 
 def _add_noise_triton(x0, a, s, rng, flip, x_t, eps):
-    """Fill x_t and eps (or None), which have equal strides. rng: what `noise.check_rng` returned."""
+    """Fill x_t and eps (or None), which have equal strides.
+
+    rng: what `noise.check_rng` returned.
+    """
     x, y = _view(x0), _view(x_t)
     size, spatial = _sizes(x, y)
     flip, width = (None, 1) if flip is None else (flip.contiguous().view(torch.uint8), x0.shape[-1])
     with torch.cuda.device_of(x0):
         _add_noise_kernel[grid(x0.shape[0], size)](
             *x, a.float().contiguous(), s.float().contiguous(), flip, x_t, eps, *y[1:], size,
-            **rng_args(*rng), WIDTH=width, SPATIAL=spatial, num_warps=2 * WARPS if spatial else WARPS)  # places cost registers
+            **rng_args(*rng), WIDTH=width, SPATIAL=spatial,
+            num_warps=2 * WARPS if spatial else WARPS)  # places cost registers
 
 
 def _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0):
@@ -292,11 +454,15 @@ def _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0):
     with torch.cuda.device_of(x):
         _denoise_kernel[grid(x.shape[0], size)](
             *sum(reads, ()), *_coef_args(coef, guidance), y, x0, *write[1:], size,
-            **rng_args(*rng), CLIP=clip, SPATIAL=spatial, num_warps=2 * WARPS)  # more inputs: fewer elements a thread
+            **rng_args(*rng), CLIP=clip, SPATIAL=spatial,
+            num_warps=2 * WARPS)  # more inputs: fewer elements a thread
 
 
 def _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, clip, guided, dx, do, du):
-    """Fill those of dx, do, du that are not None. h, and without clip x, out and out_uncond, may be None."""
+    """Fill those of dx, do, du that are not None.
+
+    h, and without clip x, out and out_uncond, may be None.
+    """
     views = [_view(t) for t in (g, h, x, out, out_uncond, dx, do, du)]
     size, spatial = _sizes(*views)
     with torch.cuda.device_of(g):
@@ -305,149 +471,24 @@ def _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, clip, gui
             TILE=4 * QUADS, CLIP=clip, GUIDED=guided, SPATIAL=spatial, num_warps=2 * WARPS)
 
 
-class _AddNoise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x0, a, s, rng, flip, want_eps):
-        x_t, eps = _like(x0), _like(x0) if want_eps else None
-        _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
-        ctx.save_for_backward(a, flip)
-        if want_eps:
-            ctx.mark_non_differentiable(eps)
-        return x_t, eps
-
-    @staticmethod
-    def backward(ctx, g, _):
-        a, flip = ctx.saved_tensors
-        dx = (g * _per_row(a, g, torch.float32)).to(g.dtype)
-        if flip is not None:
-            dx = _mirror(dx, flip)
-        return dx, None, None, None, None, None
-
-
-class _DenoiseStep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, out, out_uncond, coef, rng, guidance, clip, std, want_x0):
-        y, x0 = _like(x), _like(x) if want_x0 else None
-        _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0)
-        ctx.set_materialize_grads(False)
-        # The update is linear except for the clamp, which alone needs the inputs again.
-        per_row = isinstance(guidance, torch.Tensor)
-        ctx.save_for_backward(coef, guidance if per_row else None,
-                              *((x, out, out_uncond) if clip else (None, None, None)))
-        ctx.guidance, ctx.clip = None if per_row else guidance, clip
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, out, out_uncond)]
-        return y, x0
-
-    @staticmethod
-    def backward(ctx, g, h):
-        coef, guidance, x, out, out_uncond = ctx.saved_tensors
-        if g is None:
-            if h is None:
-                return (None,) * 9
-            g = torch.zeros_like(h)
-        guidance = ctx.guidance if guidance is None else guidance
-        needs, guided = ctx.needs_input_grad[:3], ctx.dtypes[2] is not None
-        if torch.is_grad_enabled():  # create_graph: these gradients may be differentiated themselves, so by operators that can be
-            grads = _denoise_backward_plain(g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided)
-            grads = [d.to(dtype) if need else None for d, dtype, need in zip(grads, ctx.dtypes, needs)]
-        else:
-            grads = [_like(g, dtype) if need else None for dtype, need in zip(ctx.dtypes, needs)]
-            _denoise_backward_triton(g, h, x, out, out_uncond, coef, guidance, ctx.clip, guided, *grads)
-        return *grads, None, None, None, None, None, None
-
-
-# ------------------------------------------------------------------------------------------------- public
-
 def _check(name, t, x, dtypes, shapes):
     if not isinstance(t, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(t).__name__}")
     if t.dtype not in dtypes:
-        raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, not {str(t.dtype)[6:]}")
+        raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, "
+                         f"not {str(t.dtype)[6:]}")
     if tuple(t.shape) not in shapes:
-        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, not {tuple(t.shape)}")
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, "
+                         f"not {tuple(t.shape)}")
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device} but the data is on {x.device}: move it")
 
 
 def _fused(x):
-    return x.is_cuda and triton is not None and x.dtype != torch.float64 and x.numel() > 0 and not traced(x)
+    return (x.is_cuda and triton is not None and x.dtype != torch.float64 and x.numel() > 0
+            and not traced(x))
 
 
 def _grad(*tensors):
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
-
-
-def add_noise(x0, a, s, seed, sample=0, step=0, stream=0, *, flip=None, return_eps=True):
-    """(x_t, eps): x_t = a x0 + s eps with eps = `noise.randn` of (seed, stream, step, sample, element).
-
-    x0: (B, ...) float32, bfloat16, float16, float64, or uint8 (scaled: x0 / 127.5 - 1); any memory layout.
-    a, s: (B,) float. flip: bool (B,) or None; the last axis of those rows is mirrored, in x0 only.
-    seed, sample, step, stream: as in `noise.randn`. return_eps=False: x_t alone, and eps is never written.
-    Both results: x0's shape and type (float32 for uint8), computed in float32 and rounded once.
-    Differentiable in float x0, a and s; eps is a constant. ValueError on a wrong type, shape or device.
-    """
-    if not isinstance(x0, torch.Tensor) or x0.dim() < 1 or x0.dtype not in (torch.uint8, *FLOATS):
-        what = f"{tuple(x0.shape)} {x0.dtype}" if isinstance(x0, torch.Tensor) else type(x0).__name__
-        raise ValueError(f"x0 must be a uint8 or float tensor of shape (B, ...), not {what}")
-    rows = x0.shape[0]
-    _check("a", a, x0, FLOATS, [(rows,)])
-    _check("s", s, x0, FLOATS, [(rows,)])
-    if flip is not None:
-        _check("flip", flip, x0, (torch.bool,), [(rows,)])
-        if x0.dim() < 2:
-            raise ValueError("flip mirrors the last axis of each row, and x0 (B,) has none")
-    rng = check_rng(rows, seed, sample, step, stream, x0.device)
-    if _fused(x0) and not _grad(a, s):
-        if _grad(x0):
-            x_t, eps = _AddNoise.apply(x0, a, s, rng, flip, return_eps)
-        else:
-            dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-            x_t, eps = _like(x0, dtype), _like(x0, dtype) if return_eps else None
-            _add_noise_triton(x0, a, s, rng, flip, x_t, eps)
-    else:
-        work = torch.float64 if x0.dtype == torch.float64 else torch.float32
-        x_t, eps = _add_noise_plain(x0, a, s, randn(x0.shape, *rng, dtype=work, device=x0.device), flip)
-    return (x_t, eps) if return_eps else x_t
-
-
-def denoise_step(x, out, coef, seed=0, sample=0, step=0, stream=0, *, out_uncond=None, guidance=1.0,
-                 clip=False, std=None, return_x0=False):
-    """One step of any sampler (see the head of this file): x_prev, or (x_prev, x0) with return_x0.
-
-    x: (B, ...) state, float32 (or 16-bit, or float64). out, out_uncond: x's shape, any float type.
-    coef: float32 (5,) or (B, 5) = (p_x, p_out, c_x, c_0, c_n).
-    guidance: number or float (B,); 1 is `out` itself.
-    clip: clamp x0 to [-1, 1]. std: x's shape, stands in for c_n (learned variance).
-    seed, sample, step, stream: as in `noise.randn`. All tensors: on x's device, in any memory layout.
-    Results: x's shape and type, computed in float32 and rounded once. c_n = 0 adds exactly nothing.
-    Differentiable in x, out and out_uncond (on CUDA by one kernel), and in coef, guidance and std (by
-    plain PyTorch). ValueError on a wrong type, shape or device.
-    """
-    if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.dtype not in FLOATS:
-        what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x must be a float tensor of shape (B, ...), not {what}")
-    rows, shape = x.shape[0], [tuple(x.shape)]
-    for name, t in (("out", out), ("out_uncond", out_uncond), ("std", std)):
-        if t is not None or name == "out":
-            _check(name, t, x, FLOATS, shape)
-    _check("coef", coef, x, (torch.float64, torch.float32) if x.dtype == torch.float64 else (torch.float32,),
-           [(5,), (rows, 5)])
-    if isinstance(guidance, torch.Tensor):
-        _check("guidance", guidance, x, FLOATS, [(rows,)])
-    elif not isinstance(guidance, (int, float)):
-        raise ValueError(f"guidance must be a number or a float tensor of shape ({rows},), not {guidance!r}")
-    rng = check_rng(rows, seed, sample, step, stream, x.device)
-    clip = bool(clip)
-    if _fused(x) and not _grad(coef, guidance, std):
-        if _grad(x, out, out_uncond):
-            y, x0 = _DenoiseStep.apply(x, out, out_uncond, coef, rng, guidance, clip, std, return_x0)
-        else:
-            y, x0 = _like(x), _like(x) if return_x0 else None
-            _denoise_triton(x, out, coef, rng, out_uncond, guidance, clip, std, y, x0)
-    else:
-        work = torch.float64 if x.dtype == torch.float64 else torch.float32
-        noisy = (std is not None or coef.requires_grad or coef.device.type != "cpu" or traced(coef)
-                 or bool(coef[..., 4].any()))  # what is not seen is not drawn
-        eps = randn(x.shape, *rng, dtype=work, device=x.device) if noisy else None
-        y, x0 = _denoise_plain(x, out, coef, eps, out_uncond, guidance, clip, std)
-    return (y, x0) if return_x0 else y
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad
+                                           for t in tensors)

@@ -1,27 +1,34 @@
 """GroupNorm, per-sample scale and shift, SiLU: one operation, forward and backward.
 
-    xhat = (x - mean) / sqrt(var + eps)       over the D = C / groups * H * W values of each (sample, group)
-    y    = silu(z),  z = A xhat + B           A = weight (1 + scale),  B = bias (1 + scale) + shift, (N, C)
+    xhat = (x - mean) / sqrt(var + eps)
+                         over the D = C / groups * H * W values of each (sample, group)
+    y    = silu(z),  z = A xhat + B
+                         A = weight (1 + scale),  B = bias (1 + scale) + shift, (N, C)
 
-and with dz = dy silu'(z), S1 = sum_p dz and S2 = sum_p dz xhat, both (N, C), summed over the positions p:
+and with dz = dy silu'(z), S1 = sum_p dz and S2 = sum_p dz xhat, both (N, C), summed over the
+positions p:
 
-    dx = (A dz - sum_c A S1 / D - xhat sum_c A S2 / D) / sqrt(var + eps)     sum_c: the channels of the group
+    dx = (A dz - sum_c A S1 / D - xhat sum_c A S2 / D) / sqrt(var + eps)
+                         sum_c: the channels of the group
     dscale = weight S2 + bias S1              dweight = sum_n (1 + scale) S2
     dshift = S1                               dbias   = sum_n (1 + scale) S1
 
-Bytes per element of e bytes: at least 2e forward (x in, y out) and 3e backward (x and dy in, dx out). These
-kernels move that while a group fits in one tile: 16,384 values, its channels and its positions each counted as
-the next power of two (and in channels_last as many groups as make rows of 16 bytes); 3e and 5e above. Eager
-PyTorch (F.group_norm, mul, add, F.silu) moves 9e and 15e. Statistics are fp32 and centred, E[(x - mean)^2]:
-E[x^2] - mean^2 has no right digit left at mean / std = 1000. Backward keeps x and two numbers a group, and
-computes z again. Nothing is summed by atomics: the same bits in every run.
+Bytes per element of e bytes: at least 2e forward (x in, y out) and 3e backward (x and dy in, dx
+out). These kernels move that while a group fits in one tile: 16,384 values, its channels and its
+positions each counted as the next power of two (and in channels_last as many groups as make rows of
+16 bytes); 3e and 5e above. Eager PyTorch (F.group_norm, mul, add, F.silu) moves 9e and 15e.
+Statistics are fp32 and centred, E[(x - mean)^2]: E[x^2] - mean^2 has no right digit left at
+mean / std = 1000. Backward keeps x and two numbers a group, and computes z again. Nothing is summed
+by atomics: the same bits in every run.
 
-Instructions a value on sm_90, forward and backward with SiLU, over the shipped U-Nets: 14 to 19 and 26 to 34 in one
-pass at 16 x 16 and more, 19 to 23 and 42 to 50 split. Where a group is less than a warp's 1,024 values the fixed
-part shows: up to 25 and 40 at 8 x 8, 54 and 74 at 4 x 4. Masked odd shapes take 21 and 41, one channel a group 23 and 33.
+Instructions a value on sm_90, forward and backward with SiLU, over the shipped U-Nets: 14 to 19 and
+26 to 34 in one pass at 16 x 16 and more, 19 to 23 and 42 to 50 split. Where a group is less than a
+warp's 1,024 values the fixed part shows: up to 25 and 40 at 8 x 8, 54 and 74 at 4 x 4. Masked odd
+shapes take 21 and 41, one channel a group 23 and 33.
 
-x is (N, C, ...) with any number of further axes, contiguous or channels_last; both are read and written as
-they lie. Copied alone into another project this file needs only torch, and Triton for CUDA tensors.
+x is (N, C, ...) with any number of further axes, contiguous or channels_last; both are read and
+written as they lie. Copied alone into another project this file needs only torch, and Triton for
+CUDA tensors.
 """
 import math
 import os
@@ -32,7 +39,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 triton = None
-if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" or "triton" in sys.modules:
+if (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+        or "triton" in sys.modules):
     try:  # importing Triton takes 0.3 s: only where a kernel can run, be interpreted or be compiled
         import triton
         import triton.language as tl
@@ -44,12 +52,14 @@ CHUNK = 8192  # values a program takes of a group larger than that
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# --------------------------------------------------------------------------------------- Definition
 def group_norm_torch(x, groups, weight, bias, scale=None, shift=None, silu=True, eps=1e-5):
-    """The same in plain PyTorch: the specification, the path of all devices but CUDA, and of double backward.
+    """The same in plain PyTorch: the specification, the path of all devices but CUDA, and of
+    double backward.
 
-    PyTorch's GroupNorm has weights per channel. A batch seen as one sample of N * C channels in N * groups
-    groups gives it weights per sample and channel: scale and shift then cost no pass over x, either way
-    (on one CPU core 1.4 to 2.4 times as fast as GroupNorm, multiply, add, SiLU).
+    PyTorch's GroupNorm has weights per channel. A batch seen as one sample of N * C channels in
+    N * groups groups gives it weights per sample and channel: scale and shift then cost no pass
+    over x, either way (on one CPU core 1.4 to 2.4 times as fast as GroupNorm, multiply, add, SiLU).
     """
     n, c = x.shape[:2]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -67,34 +77,40 @@ def group_norm_torch(x, groups, weight, bias, scale=None, shift=None, silu=True,
     else:
         a, b = (v.expand(n, c).reshape(-1) for v in (a, b))
         h = torch.group_norm(h.reshape(1, n * c, -1), n * groups, a, b, eps).view(x.shape)
-    h = h.to(x.dtype) if x.is_cpu else h  # SiLU in 16 bits: half of what eager backward saves and reads
+    # SiLU in 16 bits: half of what eager backward saves and reads
+    h = h.to(x.dtype) if x.is_cpu else h
     y = F.silu(h) if silu else h
     return y.to(x.dtype).contiguous(memory_format=_layout(x))
 
 
 def group_norm(x, groups, weight, bias, scale=None, shift=None, *, silu=True, eps=1e-5):
-    """y = act((xhat * weight + bias) * (1 + scale) + shift), act = SiLU, or the identity with silu=False.
+    """y = act((xhat * weight + bias) * (1 + scale) + shift), act = SiLU, or the identity with
+    silu=False.
 
-    x: (N, C, ...) in fp32, bf16, fp16, or float64 (always by the plain twin); contiguous or channels_last,
-    other layouts are copied first.  groups: divides C.  weight, bias: (C,).
+    x: (N, C, ...) in fp32, bf16, fp16, or float64 (always by the plain twin);
+    contiguous or channels_last, other layouts are copied first.
+    groups: divides C.  weight, bias: (C,).
     scale, shift: (N, C) or None; the two halves of a chunk are read in place.
     Returns y with x's shape, dtype and layout, differentiable twice in all five tensors.
     ValueError for any other argument.
-    Source: Wu and He 2018 (1803.08494); scale, shift: Dhariwal and Nichol 2021 (2105.05233), section 3.1.
+    Source: Wu and He 2018 (1803.08494);
+    scale, shift: Dhariwal and Nichol 2021 (2105.05233), section 3.1.
     """
     _check(x, groups, weight, bias, scale, shift, eps)
     if triton is None or not x.is_cuda or x.dtype == torch.float64 or x.numel() == 0:
         return group_norm_torch(x, groups, weight, bias, scale, shift, silu, eps)
     if not x.is_contiguous():
         x = x.contiguous(memory_format=_layout(x))
-    # A tracer or a tensor that is not real needs an operator that PyTorch knows, which costs more for each call.
+    # A tracer or a tensor that is not real needs an operator that PyTorch knows, which costs more
+    # for each call.
     if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return group_norm_op(x, weight, bias, scale, shift, groups, silu, eps)[0]
     return _eager(x, weight, bias, scale, shift, groups, silu, eps)
 
 
 class GroupNorm(torch.nn.Module):
-    """`group_norm` with its weight and bias: forward(x (N, C, ...), scale, shift (N, C) or None) -> y."""
+    """`group_norm` with its weight and bias:
+    forward(x (N, C, ...), scale, shift (N, C) or None) -> y."""
 
     def __init__(self, groups, channels, silu=True, eps=1e-5):
         super().__init__()
@@ -105,222 +121,22 @@ class GroupNorm(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(channels))
 
     def forward(self, x, scale=None, shift=None):
-        return group_norm(x, self.groups, self.weight, self.bias, scale, shift, silu=self.silu, eps=self.eps)
+        return group_norm(x, self.groups, self.weight, self.bias, scale, shift,
+                          silu=self.silu, eps=self.eps)
 
     def extra_repr(self):
         return f"{self.groups}, {self.weight.numel()}, silu={self.silu}, eps={self.eps}"
 
 
-def _layout(x):
-    """The memory format that y shares with x: channels_last only where x is so and not contiguous as well."""
-    if not x.is_contiguous():
-        for dim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if x.dim() == dim and x.is_contiguous(memory_format=layout):
-                return layout
-    return torch.contiguous_format
-
-
-def _check(x, groups, weight, bias, scale, shift, eps):
-    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.dtype not in FLOATS:
-        raise ValueError(f"group_norm: x must be a floating-point tensor (N, C, ...), not {_name(x)}")
-    n, c = x.shape[:2]
-    if not isinstance(groups, int) or groups < 1 or c == 0 or c % groups:
-        raise ValueError(f"group_norm: groups = {groups} must be an integer that divides x's {c} channels")
-    if not 0 < eps < math.inf:  # math.isfinite would break a graph of torch.compile
-        raise ValueError(f"group_norm: eps must be positive and finite, not {eps}")
-    if n and x.numel() // n >= 2 ** 31:
-        raise ValueError(f"group_norm: one sample of x has {x.numel() // n} values; the limit is 2^31 - 1")
-    device = x.device
-    for name, v, shape in (("weight", weight, (c,)), ("bias", bias, (c,)),
-                           ("scale", scale, (n, c)), ("shift", shift, (n, c))):
-        if v is None and (name == "scale" or name == "shift"):
-            continue
-        if not isinstance(v, torch.Tensor) or v.shape != shape or v.dtype not in FLOATS or v.device != device:
-            raise ValueError(f"group_norm: {name} must be a floating-point tensor {shape} on {device}, not {_name(v)}")
-
-
-def _name(v):
-    return f"{tuple(v.shape)} {v.dtype} on {v.device}" if isinstance(v, torch.Tensor) else type(v).__name__
-
-
-def _eager(x, weight, bias, scale, shift, groups, silu, eps):
-    """y by the kernels, in the cheapest way that keeps what autograd asks for."""
-    if torch._C._are_functorch_transforms_active():
-        return _Transformed.apply(x, weight, bias, scale, shift, groups, silu, eps)[0]
-    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and (  # forward AD: Function says that it cannot
-            x.requires_grad or weight.requires_grad or bias.requires_grad
-            or scale is not None and scale.requires_grad or shift is not None and shift.requires_grad)):
-        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
-    return _GroupNorm.apply(x, weight, bias, scale, shift, groups, silu, eps)
-
-
-class _GroupNorm(torch.autograd.Function):
-    """The kernels under autograd."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, scale, shift, groups, silu, eps):
-        y, stats = _forward(x, weight, bias, scale, shift, groups, silu, eps)
-        ctx.save_for_backward(x, weight, bias, scale, shift, stats)
-        ctx.options = groups, silu, eps
-        return y
-
-    @staticmethod
-    def backward(ctx, dy, _=None):
-        *tensors, stats = ctx.saved_tensors
-        if dy is None:
-            return (None,) * 8
-        groups, silu, eps = ctx.options
-        if not torch.is_grad_enabled():
-            grads = _backward(dy, *tensors, stats, groups, silu)
-            return *(None if v is None else g for v, g in zip(tensors, grads)), None, None, None
-
-        def twin(*given):  # create_graph: this gradient will be differentiated itself, so take the twin's
-            rest = iter(given)
-            x, *others = (None if v is None else next(rest) for v in tensors)
-            return group_norm_torch(x, groups, *others, silu, eps)
-
-        grads = iter(torch.func.vjp(twin, *(v for v in tensors if v is not None))[1](dy))
-        return *(None if v is None else next(grads) for v in tensors), None, None, None
-
-
-class _Transformed(_GroupNorm):
-    """The same for torch.func, which wants the context filled apart: PyTorch then inspects signatures at each call."""
-
-    @staticmethod
-    def forward(x, weight, bias, scale, shift, groups, silu, eps):
-        return _forward(x, weight, bias, scale, shift, groups, silu, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5], output[1])
-        ctx.options = inputs[5:]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-
-def _tiles(x, groups, warps):
-    """Tiles of BG whole groups, or of BC channels of one, by BP positions: kernel arguments, programs, chunks.
-
-    Groups of at most TILE values, counted as powers of two, are held whole: in channels_last several, for rows of
-    16 bytes (one access) at least, and of 32 (what memory moves at once) or 64 if they fit and leave 128 programs.
-    A larger group is cut, with the long side along memory. A warp takes 1,024 values, more where that would need
-    over `warps` warps.
-    """
-    n, c = x.shape[:2]
-    per_group, positions, last = c // groups, x.numel() // (n * c), _layout(x) != torch.contiguous_format
-    bc, bp, bg = triton.next_power_of_2(per_group), triton.next_power_of_2(positions), 1
-    whole, side_by_side, e = bc * bp <= TILE, last and bc == per_group, x.element_size()
-    # Memory moves 32 bytes at once to a multiprocessor (L2 spares DRAM the repeats, not the way up): rows of 8 bytes
-    # make 2e and 3e of traffic 8e and 12e, against 3e and 5e in full rows split. Rows of 16 make them 4e and 6e:
-    # about even, for fewer launches. So split where not even rows of 16 bytes fit.
-    fewest = max(1, 16 // (bc * e))
-    if side_by_side and groups % fewest == 0 and fewest * bc * bp > TILE:
-        whole = False
-    while side_by_side and groups % (2 * bg) == 0 and (n * groups >= 256 * bg or bg < fewest or not whole):
-        row, tile = bg * bc * e, bg * bc * (bp if whole else 1)
-        if not (row < 64 and tile <= CHUNK // 2 or row < 32 and tile <= TILE // 2):
-            break
-        bg *= 2
-    if not whole and last:
-        bc = min(bc, 64)
-        bp = min(bp, CHUNK // (bg * bc))
-    elif not whole:
-        bp = min(bp, CHUNK)
-        bc = min(bc, CHUNK // bp)
-    rows, columns = triton.cdiv(per_group, bc), triton.cdiv(positions, bp)
-    warps = max(1, min(warps, bg * bc * bp // 1024))
-    return (dict(C=c, G=groups, P=positions, LAST=last, BG=bg, BC=bc, BP=bp, num_warps=warps),
-            n * groups // bg * rows * columns, rows * columns, columns)
-
-
-def _rows(scale, shift):
-    """scale and shift with contiguous rows, and the elements from row to row; halves of a chunk stay put."""
-    scale, shift = (v if v is None or v.stride(1) == 1 else v.contiguous() for v in (scale, shift))
-    return scale, shift, *(0 if v is None else v.stride(0) for v in (scale, shift))
-
-
-def _forward(x, weight, bias, scale, shift, groups, silu, eps):
-    tiles, programs, chunks, _ = _tiles(x, groups, 8)
-    y, every = torch.empty_like(x), x.shape[0] * groups
-    stats = torch.empty((2, every), dtype=torch.float32, device=x.device)
-    mean, rstd = stats
-    given = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift))
-    with torch.cuda.device_of(x):
-        if chunks == 1:
-            forward_kernel[programs,](x, *given, y, mean, rstd, eps, STAGE=0, SILU=silu, **tiles)
-        else:
-            means, m2s = torch.empty((2, every * chunks), dtype=torch.float32, device=x.device)
-            forward_kernel[programs,](x, *given, y, means, m2s, eps, STAGE=1, SILU=silu, **tiles)
-            combine_kernel[every,](means, m2s, mean, rstd, eps, tiles["C"] // groups, tiles["P"], chunks,
-                                      tiles["BC"], tiles["BP"], min(1024, triton.next_power_of_2(chunks)))
-            forward_kernel[programs,](x, *given, y, mean, rstd, eps, STAGE=2, SILU=silu, **tiles)
-    return y, stats
-
-
-def _backward(dy, x, weight, bias, scale, shift, stats, groups, silu):
-    """Gradients of x, weight, bias, scale, shift; of None an empty one."""
-    tiles, programs, chunks, columns = _tiles(x, groups, 16)
-    n, c = x.shape[:2]
-    dx = torch.empty_like(x)
-    given = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift))
-    read = (x, dy.contiguous(memory_format=_layout(x)), *given, *stats)
-    sums = torch.empty((2, columns, n, c), dtype=torch.float32, device=x.device)  # S1, S2; one writer each
-    with torch.cuda.device_of(x):
-        if chunks == 1:
-            backward_kernel[programs,](*read, *sums, dx, n, STAGE=0, SILU=silu, **tiles)
-            s1, s2 = sums[:, 0]
-        else:
-            backward_kernel[programs,](*read, *sums, dx, n, STAGE=1, SILU=silu, **tiles)
-            s1, s2 = sums.sum(1)
-            backward_kernel[programs,](*read, s1, s2, dx, n, STAGE=2, SILU=silu, **tiles)
-        weight, bias, scale, _, row, _ = given
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        dscale = weight.new_empty(0) if scale is None else torch.empty((n, c), dtype=scale.dtype, device=x.device)
-        parameters_kernel[triton.cdiv(c, 32),](s1, s2, weight, bias, scale, row, dweight, dbias,
-                                               None if scale is None else dscale, n, c, BN=32, BC=32)
-    return dx, dweight, dbias, dscale, weight.new_empty(0) if shift is None else s1.to(shift.dtype, copy=True)
-
-
+# ------------------------------------------------------------------------------------------- Triton
 if triton is not None:
-    Tensor = torch.Tensor
-
-    @torch.library.custom_op("diffusion_kernels::group_norm", mutates_args=())
-    def group_norm_op(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-                      groups: int, silu: bool, eps: float) -> tuple[Tensor, Tensor]:
-        """The kernels as an operator: for torch.compile, export and tensors without data."""
-        return _forward(x, weight, bias, scale, shift, groups, silu, eps)
-
-    @group_norm_op.register_fake
-    def _(x, weight, bias, scale, shift, groups, silu, eps):
-        return torch.empty_like(x), x.new_empty((2, x.shape[0] * groups), dtype=torch.float32)
-
-    @torch.library.custom_op("diffusion_kernels::group_norm_backward", mutates_args=())
-    def group_norm_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-                               shift: Tensor | None, stats: Tensor, groups: int,
-                               silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _backward(dy, x, weight, bias, scale, shift, stats, groups, silu)
-
-    @group_norm_backward_op.register_fake
-    def _(dy, x, weight, bias, scale, shift, stats, groups, silu):
-        like = (x, weight, bias, scale, shift)
-        return tuple(weight.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
-                     if v is not x else torch.empty_like(x) for v in like)
-
-    def _op_backward(ctx, dy, _):
-        *tensors, stats = ctx.saved_tensors
-        if dy is None:
-            return (None,) * 8
-        grads = group_norm_backward_op(dy, *tensors, stats, *ctx.options[:2])
-        return *(None if v is None else g for v, g in zip(tensors, grads)), None, None, None
-
-    group_norm_op.register_autograd(_op_backward, setup_context=_Transformed.setup_context)
-
     @triton.jit
     def tile_of(pid, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
                 BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-        """Where program pid works: its groups among all, (BG,) or one; the sample; the chunk, its column, and how
-        many values of a group it holds; channels (BG * BC,) and which of them exist; offset of the sample (int64);
-        offsets in the sample (BG * BC, BP) and which of them exist."""
+        """Where program pid works: its groups among all, (BG,) or one; the sample; the chunk, its
+        column, and how many values of a group it holds; channels (BG * BC,) and which of them
+        exist; offset of the sample (int64); offsets in the sample (BG * BC, BP) and which of them
+        exist."""
         columns = (P + BP - 1) // BP
         chunks = columns * ((C // G + BC - 1) // BC)
         block, chunk = pid // chunks, pid % chunks
@@ -343,14 +159,17 @@ if triton is not None:
 
     @triton.jit
     def sum_groups(v, BG: tl.constexpr):
-        """Sums of a tile (BG * BC, BP), or of one column (BG * BC,), over each group: (BG,), or a number where there is one.
+        """Sums of a tile (BG * BC, BP), or of one column (BG * BC,), over each group: (BG,), or a
+        number where there is one.
 
-        A tile in two sums, channels and then positions: in one, over (BG, BC * BP), the lanes that a group lies in would not be
-        neighbours, and Triton (3.6 and 3.7) adds up others then without a word.
+        A tile in two sums, channels and then positions: in one, over (BG, BC * BP), the lanes that
+        a group lies in would not be neighbours, and Triton (3.6 and 3.7) adds up others then
+        without a word.
         """
         if BG == 1:
             return tl.sum(v)
-        elif v.numel == BG:                 # nothing to add; a sum along an axis of one spills without end
+        elif v.numel == BG:
+            # nothing to add; a sum along an axis of one spills without end
             return tl.reshape(v, (BG,))
         elif v.shape[0] == BG:
             return tl.sum(v, 1)
@@ -397,10 +216,12 @@ if triton is not None:
             w_ptr, b_ptr,                   # (C,)
             s_ptr, t_ptr, s_row, t_row,     # (N, C) or None; elements from row to row
             y_ptr,                          # like x
-            mean_ptr, rstd_ptr,             # (N * G,) fp32; STAGE 1: mean and sum of squares (N * G, chunks)
-            eps, STAGE: tl.constexpr,       # 0: all in one pass; 1: statistics of each chunk; 2: y from them
-            SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
-            BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+            mean_ptr, rstd_ptr,             # (N * G,) fp32;
+                                            # STAGE 1: mean and sum of squares (N * G, chunks)
+            eps, STAGE: tl.constexpr,       # 0: all in one pass; 1: statistics of each chunk;
+                                            # 2: y from them
+            SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+            LAST: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
         group, sample, chunk, column, count, c, has, base, at, mask = tile_of(
             tl.program_id(0), C, G, P, LAST, BG, BC, BP)
         x = tl.load(x_ptr + base + at, mask, 0.0).to(tl.float32)
@@ -438,15 +259,18 @@ if triton is not None:
         total = tl.zeros((BK,), tl.float32)
         for start in range(0, CHUNKS, BK):
             k = start + tl.arange(0, BK)
-            count = tl.minimum(PER_GROUP - k // columns * BC, BC) * tl.minimum(P - k % columns * BP, BP)
+            count = (tl.minimum(PER_GROUP - k // columns * BC, BC)
+                     * tl.minimum(P - k % columns * BP, BP))
             total += tl.load(means_ptr + group * CHUNKS + k, k < CHUNKS, 0.0) * count.to(tl.float32)
         mean = tl.sum(total) / (PER_GROUP * P)
         m2 = tl.zeros((BK,), tl.float32)
         for start in range(0, CHUNKS, BK):
             k = start + tl.arange(0, BK)
-            count = tl.minimum(PER_GROUP - k // columns * BC, BC) * tl.minimum(P - k % columns * BP, BP)
+            count = (tl.minimum(PER_GROUP - k // columns * BC, BC)
+                     * tl.minimum(P - k % columns * BP, BP))
             d = tl.load(means_ptr + group * CHUNKS + k, k < CHUNKS, mean) - mean
-            m2 += tl.load(m2s_ptr + group * CHUNKS + k, k < CHUNKS, 0.0) + d * d * count.to(tl.float32)
+            m2 += (tl.load(m2s_ptr + group * CHUNKS + k, k < CHUNKS, 0.0)
+                   + d * d * count.to(tl.float32))
         tl.store(mean_ptr + group, mean)
         tl.store(rstd_ptr + group, tl.rsqrt(tl.sum(m2) / (PER_GROUP * P) + eps))
 
@@ -458,9 +282,10 @@ if triton is not None:
             mean_ptr, rstd_ptr,             # (N * G,) fp32
             s1_ptr, s2_ptr,                 # (N, C) fp32; STAGE 1: (columns, N, C)
             dx_ptr,                         # like x
-            N, STAGE: tl.constexpr,         # 0: all in one pass; 1: S1, S2 of each chunk; 2: dx from them
-            SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
-            BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+            N, STAGE: tl.constexpr,         # 0: all in one pass; 1: S1, S2 of each chunk;
+                                            # 2: dx from them
+            SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+            LAST: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
         group, sample, chunk, column, count, c, has, base, at, mask = tile_of(
             tl.program_id(0), C, G, P, LAST, BG, BC, BP)
         x = tl.load(x_ptr + base + at, mask, 0.0).to(tl.float32)
@@ -501,14 +326,16 @@ if triton is not None:
             w_ptr, b_ptr, s_ptr, s_row,     # (C,), (C,), (N, C) or None; elements from row to row
             dw_ptr, db_ptr, ds_ptr,         # (C,), (C,), (N, C) or None
             N, C, BN: tl.constexpr, BC: tl.constexpr):
-        """Each program owns BC channels and walks the samples in one order: the same sums in every run."""
+        """Each program owns BC channels and walks the samples in one order: the same sums in
+        every run."""
         c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
         w = tl.load(w_ptr + c, c < C, 0.0).to(tl.float32)
         b = tl.load(b_ptr + c, c < C, 0.0).to(tl.float32)
         dw = tl.zeros((BN, BC), tl.float32)
         db = tl.zeros((BN, BC), tl.float32)
         start = 0
-        while start < N:                    # range() with a run-time end fails in Triton 3.6's interpreter
+        while start < N:
+            # range() with a run-time end fails in Triton 3.6's interpreter
             n = (start + tl.arange(0, BN)[:, None]).to(tl.int64)
             mask = (n < N) & (c < C)
             s1 = tl.load(s1_ptr + n * C + c, mask, 0.0)
@@ -525,3 +352,236 @@ if triton is not None:
         c = tl.program_id(0) * BC + tl.arange(0, BC)
         tl.store(dw_ptr + c, tl.sum(dw, 0).to(dw_ptr.dtype.element_ty), c < C)
         tl.store(db_ptr + c, tl.sum(db, 0).to(db_ptr.dtype.element_ty), c < C)
+
+
+# ----------------------------------------------------------------------------------------- Autograd
+def _eager(x, weight, bias, scale, shift, groups, silu, eps):
+    """y by the kernels, in the cheapest way that keeps what autograd asks for."""
+    # a private name of PyTorch: looked at with 2.11 and 2.13
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    # a private name of PyTorch: looked at with 2.11 and 2.13
+    # forward AD: Function says that it cannot
+    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or bias.requires_grad
+            or scale is not None and scale.requires_grad
+            or shift is not None and shift.requires_grad)):
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    return _GroupNorm.apply(x, weight, bias, scale, shift, groups, silu, eps)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, groups, silu, eps):
+        y, stats = _forward(x, weight, bias, scale, shift, groups, silu, eps)
+        ctx.save_for_backward(x, weight, bias, scale, shift, stats)
+        ctx.options = groups, silu, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy, _=None):
+        *tensors, stats = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 8
+        groups, silu, eps = ctx.options
+        if not torch.is_grad_enabled():
+            grads = _backward(dy, *tensors, stats, groups, silu)
+            return *(None if v is None else g for v, g in zip(tensors, grads)), None, None, None
+
+        # create_graph: this gradient will be differentiated itself, so take the twin's
+        def twin(*given):
+            rest = iter(given)
+            x, *others = (None if v is None else next(rest) for v in tensors)
+            return group_norm_torch(x, groups, *others, silu, eps)
+
+        grads = iter(torch.func.vjp(twin, *(v for v in tensors if v is not None))[1](dy))
+        return *(None if v is None else next(grads) for v in tensors), None, None, None
+
+
+class _Transformed(_GroupNorm):
+    """The same for torch.func, which wants the context filled apart: PyTorch then inspects
+    signatures at each call."""
+
+    @staticmethod
+    def forward(x, weight, bias, scale, shift, groups, silu, eps):
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5], output[1])
+        ctx.options = inputs[5:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+
+if triton is not None:
+    Tensor = torch.Tensor
+
+    @torch.library.custom_op("diffusion_kernels::group_norm", mutates_args=())
+    def group_norm_op(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+                      shift: Tensor | None, groups: int, silu: bool,
+                      eps: float) -> tuple[Tensor, Tensor]:
+        """The kernels as an operator: for torch.compile, export and tensors without data."""
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)
+
+    @group_norm_op.register_fake
+    def _(x, weight, bias, scale, shift, groups, silu, eps):
+        return torch.empty_like(x), x.new_empty((2, x.shape[0] * groups), dtype=torch.float32)
+
+    @torch.library.custom_op("diffusion_kernels::group_norm_backward", mutates_args=())
+    def group_norm_backward_op(
+            dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+            shift: Tensor | None, stats: Tensor, groups: int,
+            silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _backward(dy, x, weight, bias, scale, shift, stats, groups, silu)
+
+    @group_norm_backward_op.register_fake
+    def _(dy, x, weight, bias, scale, shift, stats, groups, silu):
+        like = (x, weight, bias, scale, shift)
+        return tuple(weight.new_empty(0) if v is None
+                     else torch.empty_like(v, memory_format=torch.contiguous_format) if v is not x
+                     else torch.empty_like(x) for v in like)
+
+    def _op_backward(ctx, dy, _):
+        *tensors, stats = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 8
+        grads = group_norm_backward_op(dy, *tensors, stats, *ctx.options[:2])
+        return *(None if v is None else g for v, g in zip(tensors, grads)), None, None, None
+
+    group_norm_op.register_autograd(_op_backward, setup_context=_Transformed.setup_context)
+
+
+# -------------------------------------------------------------------------------- Launch and checks
+def _tiles(x, groups, warps):
+    """Tiles of BG whole groups, or of BC channels of one, by BP positions: kernel arguments,
+    programs, chunks.
+
+    Groups of at most TILE values, counted as powers of two, are held whole: in channels_last
+    several, for rows of 16 bytes (one access) at least, and of 32 (what memory moves at once) or 64
+    if they fit and leave 128 programs. A larger group is cut, with the long side along memory.
+    A warp takes 1,024 values, more where that would need over `warps` warps.
+    """
+    n, c = x.shape[:2]
+    per_group, positions, last = (c // groups, x.numel() // (n * c),
+                                  _layout(x) != torch.contiguous_format)
+    bc, bp, bg = triton.next_power_of_2(per_group), triton.next_power_of_2(positions), 1
+    whole, side_by_side, e = bc * bp <= TILE, last and bc == per_group, x.element_size()
+    # Memory moves 32 bytes at once to a multiprocessor (L2 spares DRAM the repeats, not the way
+    # up): rows of 8 bytes make 2e and 3e of traffic 8e and 12e, against 3e and 5e in full rows
+    # split. Rows of 16 make them 4e and 6e: about even, for fewer launches. So split where not even
+    # rows of 16 bytes fit.
+    fewest = max(1, 16 // (bc * e))
+    if side_by_side and groups % fewest == 0 and fewest * bc * bp > TILE:
+        whole = False
+    while (side_by_side and groups % (2 * bg) == 0
+           and (n * groups >= 256 * bg or bg < fewest or not whole)):
+        row, tile = bg * bc * e, bg * bc * (bp if whole else 1)
+        if not (row < 64 and tile <= CHUNK // 2 or row < 32 and tile <= TILE // 2):
+            break
+        bg *= 2
+    if not whole and last:
+        bc = min(bc, 64)
+        bp = min(bp, CHUNK // (bg * bc))
+    elif not whole:
+        bp = min(bp, CHUNK)
+        bc = min(bc, CHUNK // bp)
+    rows, columns = triton.cdiv(per_group, bc), triton.cdiv(positions, bp)
+    warps = max(1, min(warps, bg * bc * bp // 1024))
+    return (dict(C=c, G=groups, P=positions, LAST=last, BG=bg, BC=bc, BP=bp, num_warps=warps),
+            n * groups // bg * rows * columns, rows * columns, columns)
+
+
+def _rows(scale, shift):
+    """scale and shift with contiguous rows, and the elements from row to row; halves of a chunk
+    stay put."""
+    scale, shift = (v if v is None or v.stride(1) == 1 else v.contiguous() for v in (scale, shift))
+    return scale, shift, *(0 if v is None else v.stride(0) for v in (scale, shift))
+
+
+def _forward(x, weight, bias, scale, shift, groups, silu, eps):
+    tiles, programs, chunks, _ = _tiles(x, groups, 8)
+    y, every = torch.empty_like(x), x.shape[0] * groups
+    stats = torch.empty((2, every), dtype=torch.float32, device=x.device)
+    mean, rstd = stats
+    given = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift))
+    with torch.cuda.device_of(x):
+        if chunks == 1:
+            forward_kernel[programs,](x, *given, y, mean, rstd, eps, STAGE=0, SILU=silu, **tiles)
+        else:
+            means, m2s = torch.empty((2, every * chunks), dtype=torch.float32, device=x.device)
+            forward_kernel[programs,](x, *given, y, means, m2s, eps, STAGE=1, SILU=silu, **tiles)
+            combine_kernel[every,](means, m2s, mean, rstd, eps, tiles["C"] // groups, tiles["P"],
+                                   chunks, tiles["BC"], tiles["BP"],
+                                   min(1024, triton.next_power_of_2(chunks)))
+            forward_kernel[programs,](x, *given, y, mean, rstd, eps, STAGE=2, SILU=silu, **tiles)
+    return y, stats
+
+
+def _backward(dy, x, weight, bias, scale, shift, stats, groups, silu):
+    """Gradients of x, weight, bias, scale, shift; of None an empty one."""
+    tiles, programs, chunks, columns = _tiles(x, groups, 16)
+    n, c = x.shape[:2]
+    dx = torch.empty_like(x)
+    given = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift))
+    read = (x, dy.contiguous(memory_format=_layout(x)), *given, *stats)
+    # S1, S2; one writer each
+    sums = torch.empty((2, columns, n, c), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        if chunks == 1:
+            backward_kernel[programs,](*read, *sums, dx, n, STAGE=0, SILU=silu, **tiles)
+            s1, s2 = sums[:, 0]
+        else:
+            backward_kernel[programs,](*read, *sums, dx, n, STAGE=1, SILU=silu, **tiles)
+            s1, s2 = sums.sum(1)
+            backward_kernel[programs,](*read, s1, s2, dx, n, STAGE=2, SILU=silu, **tiles)
+        weight, bias, scale, _, row, _ = given
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+        dscale = (weight.new_empty(0) if scale is None
+                  else torch.empty((n, c), dtype=scale.dtype, device=x.device))
+        parameters_kernel[triton.cdiv(c, 32),](
+            s1, s2, weight, bias, scale, row, dweight, dbias,
+            None if scale is None else dscale, n, c, BN=32, BC=32)
+    return (dx, dweight, dbias, dscale,
+            weight.new_empty(0) if shift is None else s1.to(shift.dtype, copy=True))
+
+
+def _check(x, groups, weight, bias, scale, shift, eps):
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.dtype not in FLOATS:
+        raise ValueError("group_norm: x must be a floating-point tensor (N, C, ...), "
+                         f"not {_name(x)}")
+    n, c = x.shape[:2]
+    if not isinstance(groups, int) or groups < 1 or c == 0 or c % groups:
+        raise ValueError(f"group_norm: groups = {groups} must be an integer that divides x's "
+                         f"{c} channels")
+    if not 0 < eps < math.inf:  # math.isfinite would break a graph of torch.compile
+        raise ValueError(f"group_norm: eps must be positive and finite, not {eps}")
+    if n and x.numel() // n >= 2 ** 31:
+        raise ValueError(f"group_norm: one sample of x has {x.numel() // n} values; "
+                         "the limit is 2^31 - 1")
+    device = x.device
+    for name, v, shape in (("weight", weight, (c,)), ("bias", bias, (c,)),
+                           ("scale", scale, (n, c)), ("shift", shift, (n, c))):
+        if v is None and (name == "scale" or name == "shift"):
+            continue
+        if (not isinstance(v, torch.Tensor) or v.shape != shape or v.dtype not in FLOATS
+                or v.device != device):
+            raise ValueError(f"group_norm: {name} must be a floating-point tensor {shape} on "
+                             f"{device}, not {_name(v)}")
+
+
+def _name(v):
+    return (f"{tuple(v.shape)} {v.dtype} on {v.device}" if isinstance(v, torch.Tensor)
+            else type(v).__name__)
+
+
+def _layout(x):
+    """The memory format that y shares with x: channels_last only where x is so and not contiguous
+    as well."""
+    if not x.is_contiguous():
+        for dim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dim and x.is_contiguous(memory_format=layout):
+                return layout
+    return torch.contiguous_format
