@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from common import sampling
+from common import gpu, sampling
 from common.unet import UNet
 from kernels import diffuse, group_norm, noise
 
@@ -454,7 +454,7 @@ def diffuse_rows(clock, copy, dtypes, compiled=True):
             yield compare(f"denoise_step {name}", ways, (8 + e) * x.numel(), clock, copy)
 
 
-def whole_rows(clock, unet="cifar10", batches=(16, 256)):
+def whole_rows(clock, unet="cifar10", batches=(16, 64, 128, 256)):
     """Updates of training and single steps of sampling, in pictures per second: ours, and the same
     loop in eager PyTorch."""
     options, _ = UNETS[unet]
@@ -478,7 +478,7 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
         ms = {}
         for way in ("ours", "eager"):
             net = network(way == "eager")
-            optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=clock.cuda)
+            optimizer = torch.optim.Adam(net.parameters(), 1e-4, **gpu.adam(clock.device))
 
             def train():
                 x_t, eps = (diffuse.add_noise(x0, a, s, 1, step=2) if way == "ours"
@@ -486,8 +486,10 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
                 with torch.autocast(clock.device.type, precision, enabled=clock.cuda):
                     out = net(x_t, t)
                 optimizer.zero_grad(set_to_none=True)
-                (out.float() - eps).square().mean().backward()
+                loss = (out.float() - eps).square().mean()
+                loss.backward()
                 optimizer.step()
+                return dict(loss=loss)
 
             seed, i = torch.tensor(3, device=clock.device), torch.tensor(5, device=clock.device)
 
@@ -500,8 +502,12 @@ def whole_rows(clock, unet="cifar10", batches=(16, 256)):
 
             ms[way, "training"] = clock.ms(train, cold=False)
             ms[way, "sampling"] = clock.ms(lambda: sample(None, net, x, coef, i), cold=False)
-            if way == "ours" and clock.cuda:  # by the samplers' own helper
-                c = SimpleNamespace(device=clock.device)
+            if way == "ours" and clock.cuda:  # by the scripts' own helpers
+                c = SimpleNamespace(device=clock.device, graph=True)
+                update = gpu.recorded(train, c)
+                for _ in range(gpu.WARM + 1):
+                    update()
+                ms["captured", "training"] = clock.ms(update, cold=False)
                 down = sampling.captured(sample, c, net)
                 ms["captured", "sampling"] = clock.ms(lambda: down(x, coef, i), cold=False)
                 (_, _, graph, _), = sampling._graphs.values()
@@ -640,8 +646,8 @@ def main():
                         help="with a GPU, whose GroupNorms: torch.compile takes minutes for all "
                              "(default %(default)s)")
     parser.add_argument("--quick", action="store_true",
-                        help="with a GPU: print the channels_last rows of GroupNorm, nothing else, "
-                             "and write no file")
+                        help="with a GPU: print the channels_last rows of GroupNorm, then training "
+                             "and sampling as a whole, nothing else, and write no file")
     parser.add_argument("--batch", type=int,
                         help="with a GPU, of GroupNorm's rows (default: what each U-Net trains "
                              "with)")
@@ -675,6 +681,8 @@ def main():
     if args.quick:
         for _ in norm_rows(clock, copy, types, unets, layouts=(LAST,), batch=args.batch):
             pass  # each row prints itself
+        for _ in whole_rows(clock):
+            pass
         return
     # a line at a time: who stops it keeps what was measured
     with open(path, "w", buffering=1) as file:
