@@ -365,7 +365,8 @@ def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguo
         for shape, groups, adaptive, silu in norm_shapes(UNETS[unet][0], batch or UNETS[unet][1]):
             for dtype in dtypes:
                 for layout in layouts:
-                    if (key := (shape, groups, adaptive, silu, dtype, layout)) in seen:
+                    key = shape, groups, adaptive, silu, dtype, layout
+                    if key in seen:
                         continue
                     seen.add(key)
                     n, c = shape[:2]

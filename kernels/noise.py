@@ -43,7 +43,7 @@ if (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
         import triton
         import triton.language as tl
     except ImportError:
-        pass
+        triton = None
 
 M32 = 0xFFFFFFFF
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -19,7 +19,7 @@ part() {  # name, seconds, command ...
 }
 
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' | tee "$out/gpu"
-part tests 170 "$python" -m pytest tests -k gpu -x -q
+part tests 170 "$python" -m pytest tests -k gpu -q
 part vdm 40 "$python" -m pytest tests/test_scripts.py -k "test_gpu and vdm" -q
 part norms 110 "$python" -m kernels.bench --quick --dtypes bf16 --unets cifar10 --batch 256
 cd "$out"
