@@ -124,6 +124,7 @@ RECIPES = {  # by data set or circumstance; each row that applies is laid over t
 
 D_HALF, G_HALF = 0, 1  # of an update: each has its own t, noise and z
 Places = namedtuple("Places", "x_s x_t z x_f")
+Kind = namedtuple("Kind", "pretrain judged penalised tries")  # what an update does, each a bool
 
 
 def places(step, half):
@@ -441,12 +442,11 @@ def train(c):
     signal2 = alpha_bar("ddgan", c.T).float().to(c.device)
     recon = torch.tensor([0, *(c.recon or [0] * c.T)], device=c.device)  # by t
 
-    def update(x0, label, first, number, t_d, count_d, t_g, count_g, pretrain, judged, penalised,
-               tries):
+    def update(x0, label, first, number, t_d, count_d, t_g, count_g, kind):
         """What an update computes, of tensors. number: which update it is, () int64.
 
-        t, count: of times, for each half. pretrain: by least squares alone; judged: D
-        learns, penalised: with R1; tries: G learns with the nearest of four latents.
+        t, count: of times, for D's half and G's. kind: whether G learns by least squares alone,
+        whether D learns, with R1, and whether G learns with the nearest of four latents.
         """
         at_rest = torch.zeros(len(x0), device=c.device)  # logged while a network does not learn
 
@@ -454,17 +454,17 @@ def train(c):
         t, count = t_d, count_d
         loss_d = at_rest
         right_real = right_fake = at_rest + 0.5  # how often D is right: as often as a coin
-        if judged:
+        if kind.judged:
             place = places(number, D_HALF)
             x_s, x_t = real_pair(c, x0, t, noising, first, place)
             with torch.no_grad():
                 x_f, _ = fake_half(c, G, x_t, t, reverse, first, place, label)
-            judge = critic if penalised else D  # a compiled one cannot be differentiated twice
-            real = logits(c, judge, x_s.requires_grad_(penalised), x_t, t, label)
+            judge = critic if kind.penalised else D  # a compiled one cannot be differentiated twice
+            real = logits(c, judge, x_s.requires_grad_(kind.penalised), x_t, t, label)
             fake = logits(c, judge, x_f, x_t, t, label)
             loss_d = discriminator_loss(c, real, fake)
             loss = loss_d.mean()
-            if penalised:  # lazily, yet not multiplied by the interval
+            if kind.penalised:  # lazily, yet not multiplied by the interval
                 r1 = penalty(real, x_s)
                 critic.r1.copy_(r1.detach())
                 loss = loss + c.r1 / 2 * r1
@@ -479,9 +479,10 @@ def train(c):
         place = places(number, G_HALF)
         x_s, x_t = real_pair(c, x0, t, noising, first, place)
         wanted = x_s if c.fake == "direct" else x0
-        x_f, x0_ = fake_half(c, G, x_t, t, reverse, first, place, label, wanted if tries else None)
+        x_f, x0_ = fake_half(c, G, x_t, t, reverse, first, place, label,
+                             wanted if kind.tries else None)
         error = (x0_ - wanted).square().flatten(1).mean(1)
-        if pretrain:
+        if kind.pretrain:
             loss_g = at_rest
             loss = (signal2[t] * error).mean()
         else:
@@ -512,7 +513,7 @@ def train(c):
         penalised = judged and c.r1 > 0 and step % c.r1_every == 0
         tries = c.z > 0 and c.pretrain - c.pretrain_z < step <= c.pretrain
         run.log(**update(x0, label, first, gpu.number(step, c.device), *times(c, step, D_HALF),
-                         *times(c, step, G_HALF), pretrain, judged, penalised, tries))
+                         *times(c, step, G_HALF), Kind(pretrain, judged, penalised, tries)))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
         n = run.shows(c.T)  # from time to time a sheet of what it draws by now

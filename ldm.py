@@ -486,10 +486,10 @@ def train_diffusion(c, data, ae, share, told):
     def update(x, h, label, tokens, first, t, number):
         """What an update computes, of tensors. number: which update it is, () int64.
 
-        h: what the encoder says of the pictures x, or None: then it is asked.
+        h: what the encoder says of the pictures x, which are None then; or None: then it is asked.
         """
         # Latents of pictures: a draw of q(z | x), scaled
-        nu = randn((len(x), *latent_shape(c)), c.seed, first, number, POSTERIOR, device=c.device)
+        nu = randn((len(t), *latent_shape(c)), c.seed, first, number, POSTERIOR, device=c.device)
         if h is None:
             with torch.no_grad(), flags.autocast(c):
                 h = ae.encoder(x)
@@ -522,7 +522,7 @@ def train_diffusion(c, data, ae, share, told):
         h = tokens = None
         index, mirrored = run.index(step)
         if stored is not None:
-            h = stored[gpu.sent(index + len(data) * mirrored, c.device)]
+            h, x = stored[gpu.sent(index + len(data) * mirrored, c.device)], None
         if c.captions:
             tokens = gpu.sent(data.tokens(index), c.device)
             tokens = drop_words(tokens, c, step, WORDLESS, WORDS_LEFT_OUT)

@@ -180,15 +180,15 @@ def bound(c, net, x0, time, label, first, number):
 
 
 def descent(c, tau):
-    """What a chain down tau (K,) goes by: its coefficients (K, 5) and times (K,), on c.device."""
+    """What a chain down tau (K,) goes by: coefficients (K, 5) and times (K,), on c.device."""
     return gpu.sent(walk(c, tau, "renoise"), c.device), gpu.sent(tau / c.T, c.device)
 
 
 def chain(c, net, x, table, time, which, label, number):
     """K shortcuts from x = x_T, and x0' at their end; the gradient goes through them all.
 
-    table (K, 5), time (K,): of descent; which (B,): the samples' numbers, and number: the start's, by
-    which eps is drawn. x0' is not clipped here: a clipped value would have no gradient.
+    table (K, 5), time (K,): of descent; which (B,): the samples' numbers, and number: the start's,
+    by which eps is drawn. x0' is not clipped here: a clipped value would have no gradient.
     """
     def shortcut(x_t, i):
         with flags.autocast(c):

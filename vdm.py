@@ -317,9 +317,10 @@ def objective(c, net, gamma, x0, t, label, first, number, reach):
         off = error(c, net, x0, gamma_t, label, c.seed, first, 2 * number, NOISE)
     diffusion = factor * off
     L = weight(c, gamma_t) * diffusion
+    twice = 2 * L.detach()  # a hook that held L itself would keep the graph that holds the hook
     for a in enters:
         if a.requires_grad:
-            a.register_hook(lambda gradient: 2 * L.detach() * gradient)
+            a.register_hook(lambda gradient: twice * gradient)
 
     gamma_0, gamma_1 = gamma.ends
     eps = randn(x0.shape, c.seed, first, 2 * number + 1, NOISE, device=x0.device)

@@ -145,6 +145,7 @@ class Dataset:
         """
         if device.type != "cuda":
             return self.images[index].to(device)
+        device = torch.empty(0, device=device).device  # with its number
         if self.there is None or self.there.device != device:
             memory = torch.cuda.get_device_properties(device).total_memory
             if self.images.nbytes > memory / 4:

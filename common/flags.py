@@ -87,8 +87,8 @@ class Shared:
     precision: str = option("auto", "bf16: mixed; auto: bf16 where the hardware has it", ALL,
                             choices=("auto", "fp32", "bf16"))
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", ALL)
-    graph: bool = option(False, "on a CUDA GPU, record an update as a graph and replay it: faster "
-                         "where batches are small")
+    graph: bool = option(False, "on a CUDA GPU, record an update as a graph and replay it, which "
+                         "launches all its kernels at once")
 
 
 # The groups that a script may take. They carry no values: those stand in its RECIPES, first row.

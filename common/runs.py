@@ -83,7 +83,7 @@ def set_rate(optimizer, rate):
     """
     for group in optimizer.param_groups:
         value = rate * group.get("scale", 1)
-        if not group["capturable"]:
+        if not group["capturable"] or not group["params"]:
             group["lr"] = value
         elif isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(value)
@@ -659,6 +659,8 @@ class Run:
             while not (done or interrupted):
                 self.step += 1
                 yield self.step
+                if not paced:  # the pace is told by the first updates, not by their launches
+                    gpu.caught_up(self.c.device)
                 self.seconds = time.monotonic() - self.start
                 logs = self.step % LOG_EVERY == 0
                 if logs:
@@ -862,9 +864,10 @@ class Run:
         """
         if rank() != 0:
             return 0
-        seconds = time.monotonic() - self.start
-        if seconds < self.due:
+        if time.monotonic() - self.start < self.due:
             return 0
+        gpu.caught_up(self.c.device)  # what it still has to do is no sheet's time
+        seconds = time.monotonic() - self.start
         cost = self.cost  # seconds of an evaluation of one sample
         if cost is None:  # an update is worth three evaluations of its batch
             update = (seconds - self.began_at) / (self.step - self.began)
@@ -895,7 +898,7 @@ class Run:
         What goes wrong with it is a warning: training goes on.
         """
         began, evaluations = self.drawing
-        if x.isfinite().all():
+        if x.isfinite().all():  # which waits for them
             try:
                 pictures.save(self.c.run / "sheets" / f"{self.step}.png", x)
                 pictures.save(self.c.run / "samples.png", x)

@@ -3,12 +3,11 @@
 It calls a step that it is given, and nothing calls back. It knows no method and no run's inside.
 """
 import statistics
-import sys
 import time
 
 import torch
 
-from common import files, flags, pictures
+from common import files, flags, gpu, pictures
 from common.draws import sample_labels
 
 
@@ -79,19 +78,12 @@ def _capture(step, c, net, arguments):
     """The tensors that the graph of step reads, the graph, what it writes; no graph: None."""
     reads = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     before, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        side.wait_stream(before)
-        with torch.cuda.stream(side):  # compiles, and lets the libraries take their work space
-            for _ in range(2):
-                step(c, net, *reads)
-        before.wait_stream(side)
-        with torch.cuda.graph(graph):
-            return reads, graph, step(c, net, *reads)
-    except RuntimeError as fault:
-        torch.cuda.set_stream(before)  # a capture that fails leaves its own
-        print(f"sampling without a CUDA graph: {' '.join(str(fault).split())}", file=sys.stderr)
-        return reads, None, None
+    side.wait_stream(before)
+    with torch.cuda.stream(side):  # compiles, and lets the libraries take their work space
+        for _ in range(2):
+            step(c, net, *reads)
+    before.wait_stream(side)
+    return reads, *gpu.record(lambda: step(c, net, *reads), "sampling")
 
 
 # ------------------------------------------------------------------------------- batches of samples

@@ -45,7 +45,8 @@ def fitting(c, make, width="--width"):
     """The module that make() returns, if there is memory for it; else the program ends with a line.
 
     Its parameters are counted first, without any memory: four bytes each to sample, and twenty to
-    train, with the mean, the gradient and Adam's two moments. width: the flag that it grows with.
+    train, with the mean, the gradient and Adam's two moments; 24 on CUDA, for the mean's step.
+    width: the flag that it grows with.
     """
     with inputs():
         many, there = 0, _memory(c.device)
@@ -55,7 +56,8 @@ def fitting(c, make, width="--width"):
         except RuntimeError as fault:
             # a tensor of more bytes than can be counted; what else is wrong will show itself below
             many = math.inf if "overflow" in str(fault) else 0
-        needs = (20 if c.train else 4) * many
+        each = 24 if c.device.type == "cuda" else 20
+        needs = (each if c.train else 4) * many
         if needs > there:
             raise ValueError(f"the network takes {needs / 1e9:,.0f} GB, and there are "
                              f"{there / 1e9:,.0f}: give a smaller {width}")

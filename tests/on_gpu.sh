@@ -1,33 +1,36 @@
 #!/usr/bin/env bash
-# What only a GPU can show, what is missed most first: the tests that need one, GroupNorm's rows,
-# training and sampling of CIFAR-10's U-Net with and without graphs, two runs side by side, and with
+# What only a GPU can show, what is missed most first: the tests that need one, training and sampling
+# of CIFAR-10's U-Net with and without graphs, GroupNorm's rows, two runs side by side, and with
 # CIFAR-10 in data/ its training. About eight minutes, each part with a limit; all of it in a folder.
 #
 #     bash tests/on_gpu.sh results
 set -uo pipefail
-here="$(cd "$(dirname "$0")/.." && pwd)"
 out="$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd)"
+here="$(cd "$(dirname "$0")/.." && pwd)"
 python="${PYTHON:-python3}"
 cd "$here"
 
 part() {  # name, seconds, command ...
     local name="$1" limit="$2"
     shift 2
-    echo "== $name"
     timeout "$limit" "$@" > "$out/$name.log" 2>&1
     echo "$name: exit status $?" | tee -a "$out/$name.log"
+    tail -n 3 "$out/$name.log"
 }
 
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' | tee "$out/gpu"
-part tests 170 "$python" -m pytest tests -k gpu -q
-part vdm 40 "$python" -m pytest tests/test_scripts.py -k "test_gpu and vdm" -q
-part norms 110 "$python" -m kernels.bench --quick --dtypes bf16 --unets cifar10 --batch 256
+part graphs 120 "$python" -m pytest tests/test_gpu.py -k test_gpu_
+part failed-once 45 "$python" -m pytest tests/test_scripts.py -k "test_gpu_ and (vdm or ddgan)"
+part bench 150 "$python" -m kernels.bench --quick --dtypes bf16 --unets cifar10 --batch 256
+part others 60 "$python" -m pytest tests -k test_gpu_ --deselect tests/test_gpu.py \
+    --deselect tests/test_scripts.py
 cd "$out"
-for way in plain graph; do
-    part "digits-$way" 25 "$python" "$here/ddim.py" --train --minutes 0.25 --run "$way" \
-        --data-root "$here/data" $([ "$way" = graph ] && echo --graph)
-done
-if [ -e "$here/data/cached" ] && ls "$here/data" | grep -qi cifar; then
+train=("$python" "$here/ddim.py" --train --data-root "$here/data")
+part compiled 40 "${train[@]}" --iters 20 --run warm  # Triton's kernels, before anything is timed
+part digits-plain 45 "${train[@]}" --minutes 0.25 --run plain
+part digits-graph 45 "${train[@]}" --minutes 0.25 --run graph --graph
+tail -n 1 plain/metrics.csv graph/metrics.csv
+if ls "$here/data" 2>/dev/null | grep -qi cifar; then
     for script in ddim ddgan; do
         part "cifar10-$script" 90 "$python" "$here/$script.py" --train --data cifar10 --graph \
             --minutes 1 --data-root "$here/data"
