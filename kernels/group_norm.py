@@ -69,8 +69,8 @@ def group_norm_torch(x, groups, weight, bias, scale=None, shift=None, silu=True,
     if shift is not None:
         b = b + shift.to(acc)
     each = a.dim() > 1 or b.dim() > 1  # of a sample's own
-    # The CPU's GroupNorm takes 16-bit x too, at a fifth of the speed. As one sample's N * C channels
-    # x is widened and laid out in one pass.
+    # The CPU's GroupNorm takes 16-bit x too, at a fifth of the speed. As one sample's N * C
+    # channels x is widened and laid out in one pass.
     h = x.to(acc, memory_format=torch.contiguous_format if each else torch.preserve_format)
     if x.numel() == 0:
         a, b = (v.expand(n, c).reshape(n, c, *[1] * (x.dim() - 2)) for v in (a, b))

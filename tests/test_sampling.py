@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import ddgan
 import ddim
 import ddpm
-from common import sampling
+from common import gpu, sampling
 from common.schedules import alpha_bar, timesteps
 from conftest import settings
 
@@ -65,7 +65,7 @@ def graphs(monkeypatch):
     captured = []
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, pool):
         captured.append(graph)
         yield
 
@@ -75,6 +75,7 @@ def graphs(monkeypatch):
                             graph=capture, set_stream=lambda s: None).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(sampling, "_graphs", {})
+    monkeypatch.setattr(gpu, "_failed", "")
     return captured
 
 
@@ -177,7 +178,7 @@ def test_the_last_eight_graphs_are_kept(graphs):
 
 
 def test_without_capture_it_says_why_and_goes_on(graphs, monkeypatch, capsys):
-    def refuse(graph):
+    def refuse(graph, pool):
         raise RuntimeError("operation not\npermitted when stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     triple = sampling.captured(lambda c, net, x: 3 * x,
