@@ -44,6 +44,20 @@ def test_a_script_s_rooms_come_in_one_order(script):
     assert {"network", "sample", "denoise", "train", "load", "main"} <= {*names}
 
 
+@pytest.mark.parametrize("kernel", ["noise", "diffuse", "group_norm"])
+def test_a_kernel_s_rooms_come_in_one_order(kernel):
+    source = (ROOT / "kernels" / f"{kernel}.py").read_text()
+    rooms = ["Definition", "Triton", "Autograd", "Launch and checks"]
+    found = re.findall(r"^# -+ (.+)$", source, re.M)
+    assert found == [room for room in rooms if room in found]
+    assert {"Definition", "Triton", "Launch and checks"} <= {*found}
+    definition, rest = source.split("- Triton\n")
+    assert "@triton.jit" not in definition and "@triton.jit" in rest
+    public = {"noise": ["randn"], "diffuse": ["add_noise", "denoise_step"],
+              "group_norm": ["group_norm_torch", "group_norm"]}[kernel]
+    assert all(f"\ndef {name}(" in definition for name in public)
+
+
 @pytest.mark.parametrize("path", NARROW, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_line_is_wider_than_100(path):
     if path.name not in WIDE:
