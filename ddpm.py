@@ -222,7 +222,10 @@ def train(c):
     table = walk(c, torch.arange(1, c.T + 1)).to(c.device)
 
     def update(x0, label, first, t, number):
-        """What an update computes, of tensors. number: which update it is, () int64."""
+        """What an update computes, of tensors.
+
+        t (b,): each sample's step; first: the number of the first one; number: of the update, ().
+        """
         # Noised data
         x_t, eps = add_noise(x0, signal[t], noise[t], c.seed, first, number, NOISE)
 

@@ -292,9 +292,10 @@ def train(c):
     every = 2 if c.alternate else c.every
 
     def update(x0, label, first, u, number, table, times):
-        """What an update computes, of tensors. number: which update it is, () int64.
+        """What an update computes, of tensors.
 
-        table, times: of the chain whose end is looked at, or None.
+        u (b,) in [0, 1): of the samples' times; first: the number of the first one; number: of the
+        update, (); table, times: of the chain whose end is looked at, or None.
         """
         # The bound, at a time for each sample
         start, own = numbers_of(c, number)

@@ -497,7 +497,11 @@ def train(c):
     untrained = curve(Gamma(c))
 
     def update(x0, label, first, t, number, reach):
-        """What an update computes, of tensors. number: which update it is, () int64."""
+        """What an update computes, of tensors.
+
+        t (b,) in [0, 1): where the samples look; first: the number of the first one; number: of the
+        update, (); reach: of reach_of.
+        """
         loss, told = objective(c, f, net.gamma, x0, t, label, first, number, reach)
 
         # One step of Adam
