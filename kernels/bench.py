@@ -3,14 +3,17 @@ memory limit?
 
 With a GPU: the kernels are first compared with their plain-PyTorch twins; then timed, median of
 cold runs (the L2 cache is overwritten before each, inputs are made outside the timer), beside eager
-PyTorch, torch.compile and, where installed, Liger's GroupNorm and diffusers' DDIM step, over every
-shape of the shipped U-Nets; then training and sampling as a whole. Writes bench.md.
+PyTorch, torch.compile and, where installed, Liger's GroupNorm, latentCall145's for channels_last
+(gnnhwc, which builds itself with nvcc) and diffusers' DDIM step, over every shape of the shipped
+U-Nets; "held" is our own backward without its steps. Then training and sampling as a whole. Writes
+bench.md.
 Without one: the static counts of each kernel (bytes, instructions, registers) for each target,
 compiled ahead of time. Not timed.
 """
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import inspect
 import itertools
 import math
@@ -24,6 +27,7 @@ import time
 from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 try:
     import triton  # before the kernels: then they are defined though there be no GPU
@@ -92,6 +96,7 @@ def cases(dtype):
     take("groups last", lambda: norm((16, 128, 16, 16), 32, LAST))  # several groups in a tile
     take("groups last large", lambda: norm((16, 64, 128, 128), 16, LAST))
     # whose rows need two groups to fill 64 bytes
+    take("deep last", lambda: norm((64, 128, 32, 32), 32, LAST))  # taken in steps backward
     take("wide last", lambda: norm((64, 512, 8, 8), 32, LAST))
     take("one last", lambda: norm((64, 32, 16, 16), 32, LAST))  # a channel a group
     # in 16 bits rows of 8 bytes, so split
@@ -211,6 +216,7 @@ def tile_per_thread(arguments, options, warp=32):
     """Values of a program's tile for each of its threads."""
     get = lambda key: arguments.get(key, 0)
     tile = get("TILE") or 4 * get("QUADS") or get("BG") * get("BC") * get("BP")
+    tile *= arguments.get("LOOPS", 1)
     return tile // (warp * options.get("num_warps", 4))
 
 
@@ -355,11 +361,38 @@ def compare(name, ways, size, clock, copy):
     return row
 
 
+def built_norm():
+    """latentCall145's GroupNorm f(x, weight, bias, groups, eps, activation), 2 for SiLU and 0 for
+    none, all of one dtype and x in channels_last; None, and why, where it does not build."""
+    if importlib.util.find_spec("gnnhwc") is None:
+        return None
+    try:
+        from gnnhwc.custom_gn import GN_NHWC_Func
+    except Exception as fault:
+        print(f"no column of gnnhwc: {type(fault).__name__} {' '.join(str(fault).split())[:100]}",
+              file=sys.stderr)
+        return None
+    return GN_NHWC_Func.apply
+
+
+def in_steps(x, groups):
+    """Whether the backward kernel takes such an x in steps."""
+    tiles, _, chunks, _ = group_norm._tiles(x, groups, 16)
+    return chunks == 1 and group_norm._in_steps(tiles, x.element_size())["LOOPS"] > 1
+
+
+def held(call):
+    """call() with tiles held whole instead."""
+    with mock.patch.object(group_norm, "_in_steps", lambda tiles, e: dict(tiles, LOOPS=1)):
+        return call()
+
+
 def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguous_format, LAST),
               batch=None):
     """Forward and backward of every GroupNorm shape, in both layouts if not told otherwise."""
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers.functional import liger_group_norm
+    gnnhwc = built_norm()
     seen = set()
     for unet in unets:
         for shape, groups, adaptive, silu in norm_shapes(UNETS[unet][0], batch or UNETS[unet][1]):
@@ -383,6 +416,9 @@ def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguo
                     if compiled:
                         torch._dynamo.reset()  # else the ninth shape would silently run eagerly
                         functions["compile"] = torch.compile(eager_norm, dynamic=False)
+                    if gnnhwc and layout is LAST and not adaptive:
+                        functions["gnnhwc"] = lambda x, groups, weight, bias, *none, silu: gnnhwc(
+                            x, weight.to(x.dtype), bias.to(x.dtype), groups, 1e-5, 2 * silu)
                     calls, back = {}, {}
                     for way, f in functions.items():
                         silu_by_name = dict(silu=silu)
@@ -395,6 +431,8 @@ def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguo
                         wanted = [v for v in given if v is not None]
                         back[way] = lambda y=y, w=wanted: torch.autograd.grad(
                             y, w, dy, retain_graph=True)
+                    if in_steps(x, groups):
+                        back["held"] = lambda ours=back["ours"]: held(ours)
                     if ("liger_group_norm" in locals() and not adaptive and not silu
                             and layout is not LAST):
                         calls["liger"] = lambda: liger_group_norm(
@@ -679,7 +717,7 @@ def main():
     copy = copy_speed(clock)
     head = f"{torch.cuda.get_device_name()}, {versions}, commit {commit}; copy {copy:.0f} GB/s"
     print(head)
-    ways = ("eager", "compile", "liger", "diffusers")
+    ways = ("eager", "compile", "liger", "gnnhwc", "held", "diffusers")
     types, unets = [DTYPES[d] for d in dtypes], args.unets.split(",")
     if args.quick:
         for _ in whole_rows(clock):

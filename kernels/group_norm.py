@@ -21,10 +21,11 @@ Statistics are fp32 and centred, E[(x - mean)^2]: E[x^2] - mean^2 has no right d
 mean / std = 1000. Backward keeps x and two numbers a group, and computes z again. Nothing is summed
 by atomics: the same bits in every run.
 
-Instructions a value on sm_90, forward and backward with SiLU, over the shipped U-Nets: 14 to 19 and
-26 to 34 in one pass at 16 x 16 and more, 19 to 23 and 42 to 50 split. Where a group is less than a
-warp's 1,024 values the fixed part shows: up to 25 and 40 at 8 x 8, 54 and 74 at 4 x 4. Masked odd
-shapes take 21 and 41, one channel a group 23 and 33.
+Instructions a value on sm_90 in bf16, forward and backward with SiLU, over the shipped U-Nets: 14
+to 19 and 24 to 32 in one pass at 16 x 16 and more, backward 36 to 39 where a group is taken in
+steps, 19 to 23 and 39 to 48 split. Where a group is less than a warp's 1,024 values the fixed part
+shows: up to 23 and 41 at 8 x 8, 53 and 79 at 4 x 4. Masked odd shapes take 21 and 41, one channel
+a group 23 and 32.
 
 x is (N, C, ...) with any number of further axes, contiguous or channels_last; both are read and
 written as they lie. Copied alone into another project this file needs only torch, and Triton for
@@ -49,6 +50,7 @@ if (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 TILE = 16384  # values of a group that a program holds at once, without spilling registers
 CHUNK = 8192  # values a program takes of a group larger than that
+STEP = 2048  # values the backward kernel takes at once of a tile larger than CHUNK
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -136,12 +138,12 @@ class GroupNorm(torch.nn.Module):
 if triton is not None:
     @triton.jit
     def tile_of(pid, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr,
-                BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+                BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr = 1):
         """Where program pid works: its groups among all, (BG,) or one; the sample; the chunk, its
         column, and how many values of a group it holds; channels (BG * BC,) and which of them
         exist; offset of the sample (int64); offsets in the sample (BG * BC, BP) and which of them
-        exist."""
-        columns = (P + BP - 1) // BP
+        exist, both of the first of LOOPS tiles."""
+        columns = (P + BP * LOOPS - 1) // (BP * LOOPS)
         chunks = columns * ((C // G + BC - 1) // BC)
         block, chunk = pid // chunks, pid % chunks
         row, column, group = chunk // columns, chunk % columns, block
@@ -213,6 +215,27 @@ if triton is not None:
         else:                               # two, right to 4e-7: more than 16 bits hold
             r = tl.rsqrt(d)
             return r * r
+
+    @triton.jit
+    def tile_after(at, has, i: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
+                   BP: tl.constexpr):
+        """Offsets and mask of the program's tile i, from the offsets of its tile 0."""
+        if LAST:
+            at = at + i * BP * C
+        else:
+            at = at + i * BP
+        return at, has[:, None] & (i * BP + tl.arange(0, BP) < P)[None, :]
+
+    @triton.jit
+    def gradient_at(x_ptr, dy_ptr, at, mask, mean, slope, b, SILU: tl.constexpr):
+        """x - mean and dz of a tile in fp32; dz = 0 where no value exists. slope: A rstd."""
+        d = tl.load(x_ptr + at, mask, 0.0).to(tl.float32) - mean
+        dz = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
+        if SILU:
+            z = d * slope + b[:, None]
+            g = sigmoid(z, x_ptr.dtype.element_ty)
+            dz *= g * (1 + z * (1 - g))
+        return d, dz
 
     @triton.jit
     def forward_kernel(
@@ -289,22 +312,28 @@ if triton is not None:
             N, STAGE: tl.constexpr,         # 0: all in one pass; 1: S1, S2 of each chunk;
                                             # 2: dx from them
             SILU: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-            LAST: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+            LAST: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+            LOOPS: tl.constexpr):           # tiles of a program; over 1 only in STAGE 0
         group, sample, chunk, column, count, c, has, base, at, mask = tile_of(
-            tl.program_id(0), C, G, P, LAST, BG, BC, BP)
-        x = tl.load(x_ptr + base + at, mask, 0.0).to(tl.float32)
-        dz = tl.load(dy_ptr + base + at, mask, 0.0).to(tl.float32)
+            tl.program_id(0), C, G, P, LAST, BG, BC, BP, LOOPS)
+        x_ptr += base
+        dy_ptr += base
+        dx_ptr += base
         mean = per_row(tl.load(mean_ptr + group), BG, BC)
         rstd = per_row(tl.load(rstd_ptr + group), BG, BC)
         a, b = coefficients(w_ptr, b_ptr, s_ptr, t_ptr, s_row, t_row, sample, c, has)
-        xhat = (x - mean) * rstd
-        if SILU:
-            z = xhat * a[:, None] + b[:, None]
-            g = sigmoid(z, x_ptr.dtype.element_ty)
-            dz *= g * (1 + z * (1 - g))
+        slope = a[:, None] * rstd
+        d, dz = gradient_at(x_ptr, dy_ptr, at, mask, mean, slope, b, SILU)
         if STAGE != 2:
-            s1 = tl.sum(dz, 1)              # values that do not exist have dz = 0
-            s2 = tl.sum(dz * xhat, 1)
+            s1 = dz
+            s2 = dz * d
+            for i in tl.static_range(1, LOOPS):
+                there, exist = tile_after(at, has, i, P, C, LAST, BP)
+                d, dz = gradient_at(x_ptr, dy_ptr, there, exist, mean, slope, b, SILU)
+                s1 += dz
+                s2 += dz * d
+            s1 = tl.sum(s1, 1)
+            s2 = tl.sum(s2, 1) * (tl.reshape(rstd, (BG * BC,)) if BG > 1 else rstd)
             to = (column.to(tl.int64) * N + sample) * C + c
             tl.store(s1_ptr + to, s1, has)
             tl.store(s2_ptr + to, s2, has)
@@ -321,8 +350,16 @@ if triton is not None:
             mean1 = per_row(sum_groups(a * s1, BG), BG, BC) / (C // G * P)
             mean2 = per_row(sum_groups(a * s2, BG), BG, BC) / (C // G * P)
         if STAGE != 1:
-            dx = (dz * a[:, None] - mean1 - xhat * mean2) * rstd
-            tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask)
+            shift = mean1 * rstd
+            curve = mean2 * rstd * rstd
+            for i in tl.static_range(LOOPS):
+                if LOOPS > 1:               # one tile is held, more are read again from the caches
+                    there, exist = tile_after(at, has, i, P, C, LAST, BP)
+                    d, dz = gradient_at(x_ptr, dy_ptr, there, exist, mean, slope, b, SILU)
+                else:
+                    there, exist = at, mask
+                dx = dz * slope - shift - d * curve
+                tl.store(dx_ptr + there, dx.to(dx_ptr.dtype.element_ty), exist)
 
     @triton.jit
     def parameters_kernel(
@@ -331,7 +368,7 @@ if triton is not None:
             dw_ptr, db_ptr, ds_ptr,         # (C,), (C,), (N, C) or None
             N, C, BN: tl.constexpr, BC: tl.constexpr):
         """Each program owns BC channels and walks the samples in one order: the same sums in
-        every run."""
+        every run. BN samples a step, since a step waits for memory: 256 samples make two."""
         c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
         w = tl.load(w_ptr + c, c < C, 0.0).to(tl.float32)
         b = tl.load(b_ptr + c, c < C, 0.0).to(tl.float32)
@@ -498,6 +535,21 @@ def _tiles(x, groups, warps):
             n * groups // bg * rows * columns, rows * columns, columns)
 
 
+def _in_steps(tiles, e):
+    """Those of _tiles for the backward kernel, a tile over CHUNK values taken in steps of STEP.
+
+    Held whole, x and dy of 16,384 values fill the registers of a multiprocessor: one program at a
+    time, which waits for memory, computes and writes in turns. In steps three or more share it, and
+    what is read again lies in the caches. Not where rows would be shorter than 64 bytes.
+    """
+    channels = tiles["BG"] * tiles["BC"]
+    bp = max(1, STEP // channels)
+    if channels * tiles["BP"] <= CHUNK or bp * e < 64 and not tiles["LAST"]:
+        return dict(tiles, LOOPS=1)
+    return dict(tiles, BP=bp, LOOPS=triton.cdiv(tiles["P"], bp),
+                num_warps=max(1, channels * bp // 256))
+
+
 def _rows(scale, shift):
     """scale and shift with contiguous rows, and the elements from row to row; halves of a chunk
     stay put."""
@@ -535,9 +587,11 @@ def _backward(dy, x, weight, bias, scale, shift, stats, groups, silu):
     sums = torch.empty((2, columns, n, c), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         if chunks == 1:
-            backward_kernel[programs,](*read, *sums, dx, n, STAGE=0, SILU=silu, **tiles)
+            backward_kernel[programs,](*read, *sums, dx, n, STAGE=0, SILU=silu,
+                                       **_in_steps(tiles, x.element_size()))
             s1, s2 = sums[:, 0]
         else:
+            tiles["LOOPS"] = 1
             backward_kernel[programs,](*read, *sums, dx, n, STAGE=1, SILU=silu, **tiles)
             s1, s2 = sums.sum(1)
             backward_kernel[programs,](*read, s1, s2, dx, n, STAGE=2, SILU=silu, **tiles)
@@ -545,9 +599,9 @@ def _backward(dy, x, weight, bias, scale, shift, stats, groups, silu):
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         dscale = (weight.new_empty(0) if scale is None
                   else torch.empty((n, c), dtype=scale.dtype, device=x.device))
-        parameters_kernel[triton.cdiv(c, 32),](
+        parameters_kernel[triton.cdiv(c, 16),](
             s1, s2, weight, bias, scale, row, dweight, dbias,
-            None if scale is None else dscale, n, c, BN=32, BC=32)
+            None if scale is None else dscale, n, c, BN=128, BC=16, num_warps=8)
     return (dx, dweight, dbias, dscale,
             weight.new_empty(0) if shift is None else s1.to(shift.dtype, copy=True))
 

@@ -73,9 +73,10 @@ def guarded(*case, **options):
 def main():
     module.torch = Allocator()
     last, last_3d = torch.channels_last, torch.channels_last_3d
-    tried, together = 0, set()
-    # One tile a group; then TILE and CHUNK so small that the same shapes are split, along both sides.
-    for module.TILE, module.CHUNK in ((16384, 8192), (64, 64)):
+    tried, together, loops = 0, set(), set()
+    # One tile a group; then TILE and CHUNK so small that the same shapes are split, along both sides; then one
+    # tile a group that the backward kernel takes in steps.
+    for module.TILE, module.CHUNK, module.STEP in ((16384, 8192, 2048), (64, 64, 64), (16384, 16, 64)):
         for shape, groups, layout in (
                 ((3, 12, 5, 7), 4, None), ((2, 12, 5, 7), 4, last), ((2, 8, 2, 2), 8, last),
                 ((2, 10, 3, 3), 1, None), ((1, 70, 3, 3), 1, last), ((3, 150), 2, None),
@@ -87,7 +88,12 @@ def main():
                 if dtype != torch.float32 and shape[0] != 3:
                     continue
                 case = (*inputs(shape, dtype, adaptive, layout=layout or torch.contiguous_format), groups)
-                together.add(module._tiles(case[0], groups, 8)[0]["BG"])
+                tiles, _, chunks, _ = module._tiles(case[0], groups, 8)
+                together.add(tiles["BG"])
+                steps = module._in_steps(tiles, case[0].element_size())["LOOPS"] if chunks == 1 else 1
+                loops.add((tiles["LAST"], min(tiles["BG"], 2), min(steps, 3)))
+                if steps == 1 and module.CHUNK == 16:
+                    continue  # as the first time
                 exact = gradients(closed_form, *case, dtype=torch.float64, silu=silu)
                 # the interpreter cuts bf16 off instead of rounding: twice the error
                 assert_no_worse(guarded(*case, silu=silu), gradients(eager, *case, silu=silu), exact, dtype,
@@ -148,6 +154,8 @@ def main():
     again = [torch.autograd.grad(kernels(given[0], 3, *given[1:]).sum(), given) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again))
     assert together == {1, 2, 4, 8, 16}, together
+    # Steps were taken in both layouts, of one group and of several, two and more.
+    assert {(False, 1, 3), (True, 1, 3), (True, 2, 2), (True, 2, 3)} <= loops, loops
     print(f"{tried} cases right")
 
 

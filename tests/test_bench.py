@@ -38,6 +38,38 @@ def test_rows(bench):
     assert len(lines) in (4, 5) and all("images/s" in line for line in lines)
 
 
+def test_columns_of_others_and_of_held_tiles(bench, monkeypatch, tmp_path, capfd):
+    """gnnhwc as its callers meet it, in plain PyTorch; then where its CUDA code does not build."""
+    package = tmp_path / "gnnhwc"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "custom_gn.py").write_text(
+        "import torch.nn.functional as F\n\n\n"
+        "class GN_NHWC_Func:\n"
+        "    def apply(x, weight, bias, groups, eps, activation):\n"
+        "        assert weight.dtype == bias.dtype == x.dtype and activation in (0, 2)\n"
+        "        y = F.group_norm(x, groups, weight, bias, eps)\n"
+        "        return F.silu(y) if activation else y\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bench.group_norm, "triton", pytest.importorskip("triton"))
+    monkeypatch.setattr(bench.group_norm, "CHUNK", 16)
+    monkeypatch.setattr(bench.group_norm, "STEP", 16)
+    clock = bench.Clock("cpu", repeats=1)
+
+    def rows():
+        return [*bench.norm_rows(clock, 1.0, [torch.bfloat16], ["tiny"], compiled=False)]
+
+    found = rows()
+    for row in found:
+        wanted = "last" in row["name"] and "scale" not in row["name"]
+        assert ("gnnhwc" in row) == wanted and math.isfinite(row.get("gnnhwc", 0)), row
+    assert {"backward" in row["name"] for row in found if "held" in row} == {True}
+    (package / "custom_gn.py").write_text("raise RuntimeError('no nvcc')\n")
+    monkeypatch.delitem(sys.modules, "gnnhwc.custom_gn")
+    assert not any("gnnhwc" in row for row in rows())
+    assert "no column of gnnhwc: RuntimeError no nvcc" in capfd.readouterr().err
+
+
 def test_overhead(bench):
     """Both ways launch the same: nothing but Python's time is compared. (In a process where the kernels are defined.)"""
     code = ("from kernels import bench; lines = []\n"
