@@ -1,10 +1,12 @@
-"""Ahead-of-time gate of kernels/, no GPU needed: python tests/aot.py [--targets 90,gfx942] [--dtypes bf16]
+"""Ahead-of-time gate of kernels/, no GPU needed:
 
-The public functions run on CPU tensors that claim to be on a GPU, and each launch is recorded, not made: what
-is compiled here is what is launched there (argument types, alignment, constants, warps). Every kernel is
-compiled for every target, and its machine code must have no stack, no local memory, no spills, all 128-bit
-global accesses that its tile allows, and stay under the ceilings of one table. Prints a line a kernel; exit
-status 1 if one fails.
+    python tests/aot.py [--targets 90,gfx942] [--dtypes bf16]
+
+The public functions run on CPU tensors that claim to be on a GPU, and each launch is recorded, not
+made: what is compiled here is what is launched there (argument types, alignment, constants, warps).
+Every kernel is compiled for every target, and its machine code must have no stack, no local memory,
+no spills, all 128-bit global accesses that its tile allows, and stay under the ceilings of one
+table. Prints a line a kernel; exit status 1 if one fails.
 """
 import argparse
 import sys
@@ -20,12 +22,13 @@ from torch._subclasses import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import group_norm  # noqa: E402
-from kernels.bench import DTYPES, TARGETS, cases, machine_code, recorded, source, tile_per_thread  # noqa: E402
+from kernels.bench import (  # noqa: E402
+    DTYPES, TARGETS, cases, machine_code, recorded, source, tile_per_thread)
 
-# Tile-sized streams that must be read and written 128 bits at a time, each by its type: e that of the case, 4 fp32.
-# Then ceilings, first for NVIDIA (worst of three targets and three types), then for gfx942: registers, and instructions
-# per value of the tile, all of the program counted (None: it loops over something else). A kernel named without a case
-# is the same code in all of them.
+# Tile-sized streams that must be read and written 128 bits at a time, each by its type: e that of
+# the case, 4 fp32. Then ceilings, first for NVIDIA (worst of three targets and three types), then
+# for gfx942: registers, and instructions per value of the tile, all of the program counted (None:
+# it loops over something else). A kernel named without a case is the same code in all of them.
 GATES = {
     "forward_kernel 0 nchw": ("e", "e", 64, 18, 47, 32),
     "forward_kernel 0 last": ("e", "e", 68, 18, 59, 31),
@@ -104,8 +107,9 @@ def check(name, target, dtype, arguments, options, got):
 
 
 def fake_launches():
-    """group_norm on CUDA tensors without data: the operator promises what the launch code makes, and that launches what
-    it should. (Gradients, noise and diffuse need a device guard, which PyTorch built without CUDA does not have.)"""
+    """group_norm on CUDA tensors without data: the operator promises what the launch code makes,
+    and that launches what it should. (Gradients, noise and diffuse need a device guard, which
+    PyTorch built without CUDA does not have.)"""
     one, split = ["forward_kernel"], ["forward_kernel", "combine_kernel", "forward_kernel"]
     for shape, groups, layout, expected in (((4, 32, 8, 8), 8, torch.contiguous_format, one),
                                             ((4, 32, 8, 8), 8, torch.channels_last, one),
@@ -116,8 +120,10 @@ def fake_launches():
             weight, bias = (torch.empty(shape[1], device="cuda") for _ in range(2))
             scale, shift = torch.empty(shape[0], 2 * shape[1], device="cuda").chunk(2, 1)
             told, made = [group_norm.group_norm(x, groups, weight, bias, scale, shift)], []
-            told.append(group_norm.group_norm_op(x, weight, bias, scale, shift, groups, True, 1e-5)[1])
-            launches = recorded(lambda: made.extend(group_norm._forward(x, weight, bias, scale, shift, groups, True, 1e-5)))
+            told.append(
+                group_norm.group_norm_op(x, weight, bias, scale, shift, groups, True, 1e-5)[1])
+            launches = recorded(lambda: made.extend(
+                group_norm._forward(x, weight, bias, scale, shift, groups, True, 1e-5)))
             kind = lambda v: (v.shape, v.stride(), v.dtype, v.device)
             assert [*map(kind, told)] == [*map(kind, made)] and told[0].stride() == x.stride()
             assert [kernel.fn.__name__ for kernel, _, _ in launches] == expected, launches
@@ -125,7 +131,8 @@ def fake_launches():
 
 @triton.jit
 def torn_kernel(x_ptr, y_ptr):
-    """Sums of 16 channels and 16 positions for two groups in one go, which Triton tears: see sum_groups of kernels/group_norm.py."""
+    """Sums of 16 channels and 16 positions for two groups in one go, which Triton tears: see
+    sum_groups of kernels/group_norm.py."""
     c, p = tl.arange(0, 32), tl.arange(0, 16)
     x = tl.load(x_ptr + p[None, :] * 32 + c[:, None]).to(tl.float32)
     tl.store(y_ptr + tl.arange(0, 2), tl.sum(tl.reshape(x, (2, 256)), 1))
@@ -143,13 +150,16 @@ def torn_is_seen():
     """In Triton's own text, whose form may change with its version."""
     for kernel, wanted in ((torn_kernel, 1), (whole_kernel, 0)):
         given = dict(x_ptr=torch.zeros(512, dtype=torch.bfloat16), y_ptr=torch.zeros(2))
-        assert machine_code(kernel, given, dict(num_warps=1), "90")["torn"] == wanted, kernel.fn.__name__
+        assert machine_code(kernel, given, dict(num_warps=1), "90")["torn"] == wanted, (
+            kernel.fn.__name__)
 
 
 def own_launcher():
-    """Every launch by Triton's own code as far as it goes without a GPU, which is to the compiled kernel. What `source` builds by hand
-    never meets its checks: it takes no parameter named as one of its own (stream, device), for one."""
-    driver = SimpleNamespace(get_current_target=lambda: TARGETS["90"], get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    """Every launch by Triton's own code as far as it goes without a GPU, which is to the compiled
+    kernel. What `source` builds by hand never meets its checks: it takes no parameter named as one
+    of its own (stream, device), for one."""
+    driver = SimpleNamespace(get_current_target=lambda: TARGETS["90"],
+                             get_current_device=lambda: 0, get_current_stream=lambda device: 0)
     triton.runtime.driver.set_active(driver)
     done = set()
     for name, (kernel, arguments, options) in cases(torch.float32).items():

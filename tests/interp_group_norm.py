@@ -1,8 +1,8 @@
 """The Triton kernels of kernels/group_norm.py in Triton's interpreter, on the CPU, against float64.
 
-Run with TRITON_INTERPRET=1 (test_group_norm.py does). Inputs lie in a moat of NaN: a read outside them spoils
-the answer. Outputs and work space start as NaN in such a moat, too: a value not written, or one written
-outside, is seen.
+Run with TRITON_INTERPRET=1 (test_group_norm.py does). Inputs lie in a moat of NaN: a read outside
+them spoils the answer. Outputs and work space start as NaN in such a moat, too: a value not
+written, or one written outside, is seen.
 """
 import sys
 import warnings
@@ -13,7 +13,8 @@ import torch.utils.checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import group_norm as module  # noqa: E402
-from test_group_norm import EPSILON, assert_no_worse, closed_form, eager, gradients, inputs  # noqa: E402
+from test_group_norm import (  # noqa: E402
+    assert_no_worse, closed_form, eager, gradients, inputs)
 
 MOAT = 64
 held = []  # (whole buffer, what lies in its middle) of all tensors that the module made
@@ -54,7 +55,8 @@ def kernels(x, groups, weight, bias, scale, shift, silu=True, eps=1e-5):
 def guarded(*case, **options):
     """`gradients` of the kernels with every input in a moat, and all moats looked at."""
     def function(x, groups, *others, **options):
-        x, *others = (v if v is None else in_moat(v.detach()).requires_grad_() for v in (x, *others))
+        x, *others = (v if v is None else in_moat(v.detach()).requires_grad_()
+                      for v in (x, *others))
         made.extend((x, *others))
         return kernels(x, groups, *others, **options)
 
@@ -74,38 +76,45 @@ def main():
     module.torch = Allocator()
     last, last_3d = torch.channels_last, torch.channels_last_3d
     tried, together, loops = 0, set(), set()
-    # One tile a group; then TILE and CHUNK so small that the same shapes are split, along both sides; then one
-    # tile a group that the backward kernel takes in steps.
-    for module.TILE, module.CHUNK, module.STEP in ((16384, 8192, 2048), (64, 64, 64), (16384, 16, 64)):
+    # One tile a group; then TILE and CHUNK so small that the same shapes are split, along both
+    # sides; then one tile a group that the backward kernel takes in steps.
+    for module.TILE, module.CHUNK, module.STEP in (
+            (16384, 8192, 2048), (64, 64, 64), (16384, 16, 64)):
         for shape, groups, layout in (
                 ((3, 12, 5, 7), 4, None), ((2, 12, 5, 7), 4, last), ((2, 8, 2, 2), 8, last),
                 ((2, 10, 3, 3), 1, None), ((1, 70, 3, 3), 1, last), ((3, 150), 2, None),
                 ((1, 6, 45), 2, None), ((1, 7, 2, 3, 2), 7, last_3d), ((1, 64, 2, 2), 2, None),
                 ((35, 2, 2, 2), 1, None), ((3, 32, 5, 7), 8, last),
-                ((65, 16, 3, 2), 8, last), ((3, 16, 3, 5), 16, last)):  # the last two: groups share tiles
+                # the last two: groups share tiles
+                ((65, 16, 3, 2), 8, last), ((3, 16, 3, 5), 16, last)):
             for dtype, adaptive, silu in ((torch.float32, True, True), (torch.bfloat16, True, True),
                                           (torch.float16, False, False)):
                 if dtype != torch.float32 and shape[0] != 3:
                     continue
-                case = (*inputs(shape, dtype, adaptive, layout=layout or torch.contiguous_format), groups)
+                case = (*inputs(shape, dtype, adaptive, layout=layout or torch.contiguous_format),
+                        groups)
                 tiles, _, chunks, _ = module._tiles(case[0], groups, 8)
                 together.add(tiles["BG"])
-                steps = module._in_steps(tiles, case[0].element_size())["LOOPS"] if chunks == 1 else 1
+                steps = (module._in_steps(tiles, case[0].element_size())["LOOPS"] if chunks == 1
+                         else 1)
                 loops.add((tiles["LAST"], min(tiles["BG"], 2), min(steps, 3)))
                 if steps == 1 and module.CHUNK == 16:
                     continue  # as the first time
                 exact = gradients(closed_form, *case, dtype=torch.float64, silu=silu)
                 # the interpreter cuts bf16 off instead of rounding: twice the error
-                assert_no_worse(guarded(*case, silu=silu), gradients(eager, *case, silu=silu), exact, dtype,
-                                factor=3 if dtype == torch.bfloat16 else 2)
+                assert_no_worse(
+                    guarded(*case, silu=silu), gradients(eager, *case, silu=silu), exact, dtype,
+                    factor=3 if dtype == torch.bfloat16 else 2)
                 tried += 1
-        for s, t in ((True, False), (False, True)):  # the other half of the chunk is NaN and must not be read
+        # the other half of the chunk is NaN and must not be read
+        for s, t in ((True, False), (False, True)):
             x, weight, bias, scale, shift, dy = inputs((2, 6, 3, 3))
             case = (x, weight, bias, scale if s else None, shift if t else None, dy, 3)
             exact = gradients(closed_form, *case, dtype=torch.float64)
             assert_no_worse(guarded(*case), gradients(eager, *case), exact, torch.float32)
             tried += 1
-        for adaptive in (True, False):  # mean / std = 1000: centred statistics are good to x's rounding, 6e-5
+        # mean / std = 1000: centred statistics are good to x's rounding, 6e-5
+        for adaptive in (True, False):
             x, *rest = inputs((2, 8, 5, 9), adaptive=adaptive, std=1)
             case = (x + 1000, *rest, 2)
             for a, c in zip(guarded(*case), gradients(closed_form, *case, dtype=torch.float64)):
@@ -116,18 +125,21 @@ def main():
     given = [v if v is None else v.requires_grad_() for v in inputs((2, 6, 3, 3))[:5]]
     found = []
     for function in (kernels, module.group_norm_torch):
-        grads = torch.autograd.grad(function(given[0], 3, *given[1:]).sin().sum(), given, create_graph=True)
+        grads = torch.autograd.grad(function(given[0], 3, *given[1:]).sin().sum(), given,
+                                    create_graph=True)
         found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), given)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     x = given[0].detach()
     dx = torch.func.grad(lambda x: kernels(x, 3, *given[1:]).sin().sum())(x)
     torch.testing.assert_close(dx, found[1][0])
-    # Nothing to differentiate: the launches alone, the same y. Forward mode: refused, not answered with no tangent
+    # Nothing to differentiate: the launches alone, the same y. Forward mode: refused, not answered
+    # with no tangent
     y = kernels(given[0], 3, *given[1:])
     with torch.no_grad():
         assert torch.equal(kernels(given[0], 3, *given[1:]), y)
     assert y.grad_fn is not None and kernels(x, 3, *(v.detach() for v in given[1:])).grad_fn is None
-    assert all(kernels(x, 3, *(v if v is one else v.detach() for v in given[1:])).requires_grad for one in given[1:])
+    assert all(kernels(x, 3, *(v if v is one else v.detach() for v in given[1:])).requires_grad
+               for one in given[1:])
     with torch.autograd.forward_ad.dual_level():
         try:
             kernels(torch.autograd.forward_ad.make_dual(x, x), 3, *(v.detach() for v in given[1:]))
@@ -143,12 +155,16 @@ def main():
             torch.library.opcheck(module.group_norm_op, (x, *others, case[1], True, 1e-5))
             y, stats = (v.detach() for v in module.group_norm_op(x, *others, case[1], True, 1e-5))
             plain = [v if v is None else v.detach() for v in (x, *others)]
-            torch.library.opcheck(module.group_norm_backward_op, (torch.ones_like(y), *plain, stats, case[1], True))
-            call = lambda x: module.group_norm_op(2 * x, *others, case[1], True, 1e-5)[0].sin()  # noqa: E731
-            expected = torch.autograd.grad(module.group_norm_torch(2 * x, case[1], *others).sin().sum(), x)
+            torch.library.opcheck(module.group_norm_backward_op,
+                                  (torch.ones_like(y), *plain, stats, case[1], True))
+            call = lambda x: module.group_norm_op(  # noqa: E731
+                2 * x, *others, case[1], True, 1e-5)[0].sin()
+            expected = torch.autograd.grad(
+                module.group_norm_torch(2 * x, case[1], *others).sin().sum(), x)
             for way in (torch.compile(call, fullgraph=True, backend="aot_eager"),
                         lambda x: torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False)):
-                torch.testing.assert_close(torch.autograd.grad(way(x).sum(), x), expected, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(torch.autograd.grad(way(x).sum(), x), expected,
+                                           rtol=1e-4, atol=1e-5)
             tried += 1
     # Same bits again
     again = [torch.autograd.grad(kernels(given[0], 3, *given[1:]).sum(), given) for _ in range(2)]

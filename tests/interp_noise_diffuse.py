@@ -1,9 +1,11 @@
-"""Checks of the Triton kernels of noise.py and diffuse.py without a GPU; the tests start this as a program.
+"""Checks of the Triton kernels of noise.py and diffuse.py without a GPU; the tests start this as a
+program.
 
-    TRITON_INTERPRET=1 python tests/interp_noise_diffuse.py noise|diffuse    interpreted, against float64
+    TRITON_INTERPRET=1 python tests/interp_noise_diffuse.py noise|diffuse
+        interpreted, against float64
 
-It needs a process of its own: Triton reads TRITON_INTERPRET once. `normals` is the float64 reference of the
-other tests, too.
+It needs a process of its own: Triton reads TRITON_INTERPRET once. `normals` is the float64
+reference of the other tests, too.
 """
 import os
 import sys
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 NAN = float("nan")
 
 
-# -------------------------------------------------------------------------- reference, in NumPy and float64
+# ------------------------------------------------------------------ reference, in NumPy and float64
 
 def words(c0, c1, c2, c3, k0, k1):
     """Philox-4x32-10 in uint64, from the paper; arguments broadcast."""
@@ -24,20 +26,24 @@ def words(c0, c1, c2, c3, k0, k1):
     c0, c1, c2, c3, k0, k1 = (np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3, k0, k1))
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & low
+        c0, c1, c2, c3 = ((p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & low,
+                          (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & low)
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
     return c0, c1, c2, c3
 
 
 def normals(shape, seed, sample, step, stream):
-    """(B, ...) float64: Box-Muller in float64 on the float32 u and v that noise.py's head defines."""
+    """(B, ...) float64: Box-Muller in float64 on the float32 u and v that noise.py's head
+    defines."""
     rows, size = shape[0], int(np.prod(shape[1:]))
     seed %= 2 ** 64
-    sample = np.arange(sample, sample + rows) if isinstance(sample, int) else sample.numpy() % 2 ** 32
+    sample = (np.arange(sample, sample + rows) if isinstance(sample, int)
+              else sample.numpy() % 2 ** 32)
     w = words(np.arange(-(-size // 4)), sample[:, None], step, stream, seed % 2 ** 32, seed >> 32)
     n = []
     for a, b in ((w[0], w[1]), (w[2], w[3])):
-        u = (a.astype(np.float32) * np.float32(2.0 ** -32) + np.float32(2.0 ** -33)).astype(np.float64)
+        u = (a.astype(np.float32) * np.float32(2.0 ** -32)
+             + np.float32(2.0 ** -33)).astype(np.float64)
         v = b.astype(np.uint32).view(np.int32).astype(np.float32).astype(np.float64) / 2 ** 32
         r = np.sqrt(-2 * np.log(u))
         n += [r * np.cos(2 * np.pi * v), r * np.sin(2 * np.pi * v)]
@@ -51,10 +57,11 @@ def ulps(a, b):
     return (a - b).abs()
 
 
-# ------------------------------------------------------------------------------------------ inside a moat
+# ------------------------------------------------------------------------------------ inside a moat
 
 def moat(t, channels_last=False, fill=NAN):
-    """A copy of t (B, ...) with gaps around and between its rows, filled with `fill`; and the buffer."""
+    """A copy of t (B, ...) with gaps around and between its rows, filled with `fill`; and the
+    buffer."""
     t = t.contiguous(memory_format=torch.channels_last) if channels_last else t.contiguous()
     size, gap = t[0].numel(), 5
     buffer = torch.full((t.shape[0] * (size + gap) + 64,), fill, dtype=t.dtype)
@@ -132,12 +139,14 @@ def interpret_diffuse():
                     ref = x.double() / 127.5 - 1 if dtype == torch.uint8 else x.double()
                     if mirrored is not None:
                         ref = torch.stack([r.flip(-1) if f else r for r, f in zip(ref, flip)])
-                    what = f"add_noise {shape} {dtype} channels_last={last} flip={mirrored is not None}"
+                    what = (f"add_noise {shape} {dtype} channels_last={last} "
+                            f"flip={mirrored is not None}")
                     if to == torch.float32:
                         close(x_t, per_row(a) * ref + per_row(s) * n, to, what)
                     else:  # a sum can cancel: absolute where it is small
-                        torch.testing.assert_close(x_t.double(), per_row(a) * ref + per_row(s) * n, msg=what,
-                                                   rtol=torch.finfo(to).eps, atol=2e-6)
+                        torch.testing.assert_close(
+                            x_t.double(), per_row(a) * ref + per_row(s) * n, msg=what,
+                            rtol=torch.finfo(to).eps, atol=2e-6)
                     close(eps, n, to, what)
                     assert untouched(x_t, box, 99.0) and untouched(eps, box_eps, 99.0), what
 
@@ -145,7 +154,8 @@ def interpret_diffuse():
                 x, out, unc, std = (torch.randn(shape) for _ in range(4))
                 out, unc, std = out.to(dtype), unc.to(dtype), std.abs().to(dtype)
                 for case in cases:
-                    guided, clip, learned, table = case in (1, 3), case in (1, 2), case == 2, case in (0, 3)
+                    guided, clip, learned, table = (case in (1, 3), case in (1, 2), case == 2,
+                                                    case in (0, 3))
                     coef = torch.randn(rows, 5) if table else torch.randn(5)
                     guidance = torch.rand(rows) * 4 if case == 3 else 1.7
                     ins = [moat(t, last)[0] for t in (x, out, unc, std)]
@@ -171,19 +181,22 @@ def interpret_diffuse():
                     gy, gx0 = torch.randn(shape), torch.randn(shape)
                     loss = (y_ref * gy).sum() + ((x0_ref * gx0).sum() if case % 2 else 0.0)
                     want = torch.autograd.grad(loss, ref, allow_unused=True)
-                    grads = [moat(torch.zeros(shape, dtype=t.dtype), last, 99.0) for t in (x, out, unc)]
+                    grads = [moat(torch.zeros(shape, dtype=t.dtype), last, 99.0)
+                             for t in (x, out, unc)]
                     diffuse._denoise_backward_triton(
                         moat(gy, last)[0], moat(gx0, last)[0] if case % 2 else None,
                         *(ins[:3] if clip else [None] * 3), coef, guidance, clip, guided,
                         grads[0][0], grads[1][0], grads[2][0] if guided else None)
-                    for (got, box), expected, kind in zip(grads, want, (torch.float32, dtype, dtype)):
+                    for (got, box), expected, kind in zip(
+                            grads, want, (torch.float32, dtype, dtype)):
                         if expected is not None:
                             rtol = 1e-5 if kind == torch.float32 else torch.finfo(kind).eps
                             torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=rtol,
                                                        msg=lambda m: f"{what}: {m}")
                         assert untouched(got, box, 99.0), what
 
-    # By autograd: mixed layouts, a slice of twice the channels, a transposed picture, expanded gradients.
+    # By autograd: mixed layouts, a slice of twice the channels, a transposed picture, expanded
+    # gradients.
     rng = (3, 1, 4, 1)
     x = torch.randn(2, 3, 6, 4).to(memory_format=torch.channels_last).requires_grad_()
     out = torch.randn(2, 6, 6, 4)[:, :3].detach().requires_grad_()
@@ -195,15 +208,19 @@ def interpret_diffuse():
         y2, x2 = diffuse.denoise_step(x, out, coef, *rng, out_uncond=unc, guidance=2.5, clip=clip,
                                       return_x0=True)
         close(y, y2), close(x0, x2)
-        for f in (lambda y, x0: y.sum(), lambda y, x0: (x0 ** 2).sum(), lambda y, x0: (y * x0).sum()):
+        for f in (lambda y, x0: y.sum(), lambda y, x0: (x0 ** 2).sum(),
+                  lambda y, x0: (y * x0).sum()):
             got, want = (torch.autograd.grad(f(*v), (x, out, unc), retain_graph=True)
                          for v in ((y, x0), (y2, x2)))
             for p, q in zip(got, want):
-                torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
         twice = []  # a gradient that is differentiated again, as penalties do: not cut
         for v in (y, x0), (y2, x2):
-            first = torch.autograd.grad((v[0] ** 2).sum() + (v[0] * v[1]).sum(), (x, out), create_graph=True)
-            twice.append(torch.autograd.grad(sum((g ** 2).sum() for g in first) + v[0].sum(), (x, out)))
+            first = torch.autograd.grad((v[0] ** 2).sum() + (v[0] * v[1]).sum(), (x, out),
+                                        create_graph=True)
+            twice.append(torch.autograd.grad(
+                sum((g ** 2).sum() for g in first) + v[0].sum(), (x, out)))
         for p, q in zip(*twice):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
     # Exact ends: black is -1 and white 1, nothing beyond.
@@ -211,7 +228,8 @@ def interpret_diffuse():
     diffuse._add_noise_triton(ends, torch.ones(1), torch.zeros(1), rng, None, y, None)
     assert y[0, :2].tolist() == [-1.0, 1.0] and y.abs().max() <= 1
     a, s, flip = torch.rand(2), torch.rand(2), torch.tensor([True, False])
-    v = diffuse._AddNoise.apply(x, a, s, rng, flip, True), diffuse.add_noise(x, a, s, *rng, flip=flip)
+    v = (diffuse._AddNoise.apply(x, a, s, rng, flip, True),
+         diffuse.add_noise(x, a, s, *rng, flip=flip))
     assert v[0][0].stride() == x.stride() and not v[0][1].requires_grad
     close(v[0][0], v[1][0]), close(v[0][1], v[1][1])
     torch.testing.assert_close(*(torch.autograd.grad((x_t ** 2).sum(), x)[0] for x_t, _ in v))

@@ -1,4 +1,5 @@
-"""kernels/diffuse.py: the papers' updates in float64, gradients, layouts, and the kernels themselves."""
+"""kernels/diffuse.py: the papers' updates in float64, gradients, layouts, and the kernels
+themselves."""
 import math
 
 import pytest
@@ -27,7 +28,8 @@ def g():
 
 
 def test_add_noise_float(g):
-    x, a, s = torch.randn(SHAPE, generator=g), torch.rand(3, generator=g), torch.rand(3, generator=g)
+    x, a, s = (torch.randn(SHAPE, generator=g), torch.rand(3, generator=g),
+               torch.rand(3, generator=g))
     x_t, eps = add_noise(x, a, s, **RNG)
     assert x_t.dtype == eps.dtype == torch.float32
     torch.testing.assert_close(eps.double(), eps_of(SHAPE), rtol=1e-6, atol=0)
@@ -42,7 +44,8 @@ def test_add_noise_uint8_and_flip(g):
     x0 = x.double() / 127.5 - 1
     x0[1:] = x0[1:].flip(-1)
     got, eps = add_noise(x, one, zero, **RNG, flip=flip)
-    assert got.dtype == eps.dtype == torch.float32 and got[0, 0, 0, 0] == -1 and got[0, 0, 0, 1] == 1
+    assert (got.dtype == eps.dtype == torch.float32 and got[0, 0, 0, 0] == -1
+            and got[0, 0, 0, 1] == 1)
     torch.testing.assert_close(got.double(), x0, rtol=0, atol=2e-7)
     assert torch.equal(eps, randn(SHAPE, **RNG))  # the picture is mirrored, the noise is not
     a, s = torch.rand(3, generator=g), torch.rand(3, generator=g)
@@ -50,7 +53,8 @@ def test_add_noise_uint8_and_flip(g):
         x_t, eps = add_noise(x.view(shape), a, s, **RNG)
         torch.testing.assert_close(x_t.double().view(SHAPE), rows(a) * (x.double() / 127.5 - 1)
                                    + rows(s) * eps_of(SHAPE), rtol=1e-6, atol=1e-6)
-    assert torch.equal(add_noise(x, a, s, **RNG, flip=flip, return_eps=False), add_noise(x, a, s, **RNG, flip=flip)[0])
+    assert torch.equal(add_noise(x, a, s, **RNG, flip=flip, return_eps=False),
+                       add_noise(x, a, s, **RNG, flip=flip)[0])
     again, _ = add_noise(x0.float(), one, zero, **RNG, flip=flip)
     torch.testing.assert_close(again.double()[1:], x.double()[1:] / 127.5 - 1, rtol=0, atol=2e-7)
 
@@ -64,7 +68,8 @@ def test_16_bit_is_rounded_once(g, dtype):
     assert torch.equal(x_t, wide.to(dtype)) and torch.equal(eps, wide_eps.to(dtype))
     coef = torch.tensor([1.1, -0.3, 0.4, 0.6, 0.2])
     wide = denoise_step(x.float(), out.float(), coef, **RNG)
-    assert torch.equal(denoise_step(x.float(), out, coef, **RNG), wide)  # state float32, prediction 16-bit
+    # state float32, prediction 16-bit
+    assert torch.equal(denoise_step(x.float(), out, coef, **RNG), wide)
     assert torch.equal(denoise_step(x, out, coef, **RNG), wide.to(dtype))
 
 
@@ -139,7 +144,8 @@ def test_no_noise_is_exact(g):
     assert torch.equal(got[1], exact[1]) and not torch.equal(got[0], exact[0])
     p_x, p_out, c_x, c_0, _ = (c.view(-1, 1, 1, 1) for c in clean.unbind(1))
     assert torch.equal(exact, c_x * x + c_0 * (p_x * x + p_out * out))
-    row = denoise_step(x[2:], out[2:], coef[2], SEED, 7 + 2, 3, 2)  # one row for all; the same sample index
+    # one row for all; the same sample index
+    row = denoise_step(x[2:], out[2:], coef[2], SEED, 7 + 2, 3, 2)
     assert torch.equal(row, got[2:])
 
 
@@ -180,14 +186,15 @@ def test_gradients(g):
     out, unc, coef, w, std = new(2, 2, 3), new(2, 2, 3), new(2, 5), new(2), new(2, 2, 3)
     for clip in (False, True):
         def step(x, out, unc, coef, w, std, clip=clip):
-            y, x0 = denoise_step(x, out, coef, **RNG, out_uncond=unc, guidance=w, clip=clip, std=std,
-                                 return_x0=True)
+            y, x0 = denoise_step(x, out, coef, **RNG, out_uncond=unc, guidance=w, clip=clip,
+                                 std=std, return_x0=True)
             return y, x0, denoise_step(x, out, coef, **RNG, clip=clip)
         inputs = (x, out, unc, coef, w, std)
         assert torch.autograd.gradcheck(step, inputs)
         assert torch.autograd.gradgradcheck(step, inputs)
         x0 = step(*inputs)[1].detach().abs()
-        assert not clip or ((x0 == 1).any() and (x0 < 1).any())  # both sides of the clamp were tried
+        # both sides of the clamp were tried
+        assert not clip or ((x0 == 1).any() and (x0 < 1).any())
 
 
 def test_gradient_of_float32_state_and_16_bit_prediction(g):
@@ -213,10 +220,12 @@ def test_zero_sizes():
 @pytest.mark.parametrize("change, word", [
     (dict(x0=torch.zeros(2, 3, dtype=torch.int64)), "x0"), (dict(x0=torch.tensor(1.0)), "x0"),
     (dict(x0=[1.0]), "x0"),
-    (dict(a=torch.ones(3)), "a must"), (dict(a=1.0), "a must"), (dict(s=torch.ones(2, 1)), "s must"),
-    (dict(s=torch.ones(2, dtype=torch.int64)), "s must"), (dict(s=torch.ones(2, device="meta")), "move it"),
+    (dict(a=torch.ones(3)), "a must"), (dict(a=1.0), "a must"),
+    (dict(s=torch.ones(2, 1)), "s must"), (dict(s=torch.ones(2, dtype=torch.int64)), "s must"),
+    (dict(s=torch.ones(2, device="meta")), "move it"),
     (dict(flip=torch.ones(2)), "flip"), (dict(flip=torch.ones(3, dtype=torch.bool)), "flip"),
-    (dict(step=-1), "step"), (dict(seed=2 ** 64), "seed"), (dict(x0=torch.zeros(2), flip=torch.ones(2, dtype=torch.bool)), "last axis"),
+    (dict(step=-1), "step"), (dict(seed=2 ** 64), "seed"),
+    (dict(x0=torch.zeros(2), flip=torch.ones(2, dtype=torch.bool)), "last axis"),
     (dict(sample=torch.zeros(3, dtype=torch.int64)), "sample"),
 ])
 def test_bad_arguments_of_add_noise(change, word):
@@ -228,8 +237,8 @@ def test_bad_arguments_of_add_noise(change, word):
 
 @pytest.mark.parametrize("change, word", [
     (dict(x=torch.zeros(2, 3, dtype=torch.uint8)), "x must"), (dict(x=None), "x must"),
-    (dict(out=None), "out must"),
-    (dict(out=torch.zeros(2, 4)), "out must"), (dict(out=torch.zeros(2, 3, dtype=torch.int32)), "out must"),
+    (dict(out=None), "out must"), (dict(out=torch.zeros(2, 4)), "out must"),
+    (dict(out=torch.zeros(2, 3, dtype=torch.int32)), "out must"),
     (dict(out_uncond=torch.zeros(1, 3)), "out_uncond must"), (dict(std=torch.zeros(2)), "std must"),
     (dict(std=torch.zeros(2, 3, device="meta")), "move it"), (dict(coef=torch.ones(4)), "coef"),
     (dict(coef=torch.ones(3, 5)), "coef"), (dict(coef=torch.ones(5, dtype=torch.float64)), "coef"),
@@ -247,21 +256,27 @@ def test_bad_arguments_of_denoise_step(change, word):
 def test_traced_whole_by_torch_compile(g):
     """One graph, no breaks, seed and step as tensors; what it draws is what a plain run draws."""
     x, o = torch.randn(2, *SHAPE, generator=g).requires_grad_().unbind()
-    u, a, coef = torch.randint(0, 256, SHAPE, generator=g, dtype=torch.uint8), torch.rand(3, generator=g), torch.randn(5, generator=g)
+    u, a, coef = (torch.randint(0, 256, SHAPE, generator=g, dtype=torch.uint8),
+                  torch.rand(3, generator=g), torch.randn(5, generator=g))
     seed, step = torch.tensor(-5), torch.tensor(7)
     for call in (lambda: add_noise(u, a, 1 - a, seed, 4, step, 1, flip=a > 0.5),
                  lambda: denoise_step(x, o, coef, seed, 4, step, 1, clip=True, return_x0=True),
                  lambda: randn(SHAPE, 2 ** 63 + 5, 4, step, dtype=torch.bfloat16)):
-        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), call())
-    traced, plain = (torch.autograd.grad(f(lambda x: denoise_step(x, 2 * x, coef, seed, clip=True))(x).square().sum(), x)
-                     for f in (lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"), lambda f: f))
+        torch.testing.assert_close(
+            torch.compile(call, fullgraph=True, backend="aot_eager")(), call())
+    traced, plain = (
+        torch.autograd.grad(
+            f(lambda x: denoise_step(x, 2 * x, coef, seed, clip=True))(x).square().sum(), x)
+        for f in (lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"), lambda f: f))
     torch.testing.assert_close(traced, plain)
 
 
 def test_transforms_take_the_twin(g):
-    """A tangent, a vmap and a functional gradient are never lost: there `traced` says that a kernel cannot be launched."""
+    """A tangent, a vmap and a functional gradient are never lost: there `traced` says that a kernel
+    cannot be launched."""
     from kernels import noise
-    x, o, coef = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g), torch.tensor([1.1, -0.4, 0.3, 0.6, 0.0])
+    x, o, coef = (torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g),
+                  torch.tensor([1.1, -0.4, 0.3, 0.6, 0.0]))
     seen = []
 
     def f(o):
@@ -272,7 +287,8 @@ def test_transforms_take_the_twin(g):
         y = tangent.unpack_dual(f(tangent.make_dual(o, torch.ones_like(o))))
         torch.testing.assert_close(y.tangent, torch.full_like(o, -0.24))
     torch.testing.assert_close(torch.func.grad(lambda o: f(o).sum())(o), torch.full_like(o, -0.24))
-    torch.testing.assert_close(torch.func.jvp(f, (o,), (torch.ones_like(o),))[1], torch.full_like(o, -0.24))
+    torch.testing.assert_close(torch.func.jvp(f, (o,), (torch.ones_like(o),))[1],
+                               torch.full_like(o, -0.24))
     assert seen and all(seen) and not noise.traced(o)
 
 
@@ -290,7 +306,8 @@ def test_gpu_agrees_with_the_twin(g, layout, dtype):
     x, out, unc = (torch.randn(shape, generator=g) for _ in range(3))
     out, unc = out.to(dtype), unc.to(dtype)
     coef, a = torch.randn(4, 5, generator=g), torch.rand(4, generator=g)
-    flip, pixels = torch.tensor([True, False, True, False]), torch.randint(0, 256, shape, dtype=torch.uint8)
+    flip, pixels = (torch.tensor([True, False, True, False]),
+                    torch.randint(0, 256, shape, dtype=torch.uint8))
 
     def both(f, *tensors):
         for device in ("cpu", "cuda"):
@@ -304,8 +321,10 @@ def test_gpu_agrees_with_the_twin(g, layout, dtype):
 
     def step(x, out, unc, coef, clip):
         leaves = [t.requires_grad_() for t in (x, out, unc)]
-        y, x0 = denoise_step(x, out, coef, **RNG, out_uncond=unc, guidance=1.7, clip=clip, return_x0=True)
-        return [y.detach(), x0.detach(), *torch.autograd.grad(y.sin().sum() + (x0 ** 2).sum(), leaves)]
+        y, x0 = denoise_step(x, out, coef, **RNG, out_uncond=unc, guidance=1.7, clip=clip,
+                             return_x0=True)
+        return [y.detach(), x0.detach(),
+                *torch.autograd.grad(y.sin().sum() + (x0 ** 2).sum(), leaves)]
 
     for clip in (False, True):
         want, got = both(lambda *t: step(*(v.detach().clone() for v in t), clip), x, out, unc, coef)

@@ -1,4 +1,5 @@
-"""kernels/group_norm.py: the plain twin here; the kernels in a program of their own, interpreted."""
+"""kernels/group_norm.py: the plain twin here; the kernels in a program of their own,
+interpreted."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,8 @@ from common.unet import UNet
 from kernels.group_norm import GroupNorm, group_norm
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-EPSILON = {torch.float32: 2 ** -24, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one rounding
+# of one rounding
+EPSILON = {torch.float32: 2 ** -24, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
@@ -17,7 +19,8 @@ def device(request):
 
 
 def closed_form(x, groups, weight, bias, scale, shift, silu=True, eps=1e-5):
-    """The definition, in the inputs' own dtype (float64 here), with no operation that the twin uses."""
+    """The definition, in the inputs' own dtype (float64 here), with no operation that the twin
+    uses."""
     grouped = x.reshape(x.shape[0], groups, -1)
     centred = grouped - grouped.mean(2, keepdim=True)
     xhat = (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
@@ -37,8 +40,10 @@ def eager(x, groups, weight, bias, scale, shift, silu=True, eps=1e-5):
     return F.silu(y) if silu else y
 
 
-def inputs(shape, dtype=torch.float32, adaptive=True, mean=1.0, std=2.0, layout=torch.contiguous_format, device="cpu"):
-    """x, weight, bias, scale, shift, dy. bf16 holds the weights: plain PyTorch in bf16 has the same ones."""
+def inputs(shape, dtype=torch.float32, adaptive=True, mean=1.0, std=2.0,
+           layout=torch.contiguous_format, device="cpu"):
+    """x, weight, bias, scale, shift, dy. bf16 holds the weights: plain PyTorch in bf16 has the same
+    ones."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().float().to(device)
     x = (draw(*shape) * std + mean).to(dtype).contiguous(memory_format=layout)
@@ -56,8 +61,10 @@ def gradients(function, x, weight, bias, scale, shift, dy, groups, dtype=None, *
 
 
 def assert_no_worse(ours, plain, exact, dtype, factor=2):
-    """Root mean square error at most `factor` times plain PyTorch's, or three roundings of the maximum."""
-    for name, a, b, c in zip(("y", "dx", "dweight", "dbias", "dscale", "dshift"), ours, plain, exact):
+    """Root mean square error at most `factor` times plain PyTorch's, or three roundings of the
+    maximum."""
+    for name, a, b, c in zip(
+            ("y", "dx", "dweight", "dbias", "dscale", "dshift"), ours, plain, exact):
         rms = lambda v: (v - c).square().mean().sqrt().item()
         bound = max(factor * rms(b), 3 * EPSILON[dtype] * c.abs().max().item())
         assert rms(a) <= bound, (name, rms(a), rms(b))
@@ -86,19 +93,23 @@ def test_scale_alone_and_shift_alone(device):
 
 @pytest.mark.parametrize("adaptive", (True, False))
 def test_large_mean(adaptive, device):
-    # mean / std = 1000: x and the mean are good to 6e-5, y to 1e-4; E[x^2] - mean^2 would be wrong by 0.1
-    x, weight, bias, scale, shift, dy = inputs((4, 32, 9, 9), adaptive=adaptive, std=1, device=device)
+    # mean / std = 1000: x and the mean are good to 6e-5, y to 1e-4; E[x^2] - mean^2 would be wrong
+    # by 0.1
+    x, weight, bias, scale, shift, dy = inputs((4, 32, 9, 9), adaptive=adaptive, std=1,
+                                               device=device)
     case = (x + 1000, weight, bias, scale, shift, dy, 8)
     ours, plain, exact = (gradients(f, *case, dtype=t) for f, t in
                           ((group_norm, None), (eager, None), (closed_form, torch.float64)))
-    assert_no_worse(ours, plain, exact, torch.float32, factor=3)  # eps of 1000 in each: their luck differs
+    # eps of 1000 in each: their luck differs
+    assert_no_worse(ours, plain, exact, torch.float32, factor=3)
     torch.testing.assert_close(ours[0], exact[0], rtol=1e-3, atol=1e-3)
 
 
 def test_constant_and_extreme_values():
     one = torch.ones(8)
     y = group_norm(torch.full((2, 8, 4, 4), 3.0), 2, one, one)  # no variance: xhat = 0
-    torch.testing.assert_close(y, F.silu(torch.ones_like(y)), rtol=0, atol=1e-4)  # rounding / sqrt(eps)
+    # rounding / sqrt(eps)
+    torch.testing.assert_close(y, F.silu(torch.ones_like(y)), rtol=0, atol=1e-4)
     x, shift = torch.randn(2, 8, 4, 4).requires_grad_(), torch.tensor([1e4, -1e4]).repeat(2, 4)
     y = group_norm(x, 2, one, one, shift=shift)  # SiLU far out: z, and 0
     torch.testing.assert_close(y[:, 1::2], torch.zeros(2, 4, 4, 4))
@@ -137,7 +148,8 @@ def test_double_backward(dtype, device):
 def test_channels_last(shape, layout, adaptive, device):
     case = inputs(shape, adaptive=adaptive, layout=layout, device=device)
     assert group_norm(case[0], 3, *case[1:5]).is_contiguous(memory_format=layout)
-    ours, exact = gradients(group_norm, *case, 3), gradients(closed_form, *case, 3, dtype=torch.float64)
+    ours, exact = (gradients(group_norm, *case, 3),
+                   gradients(closed_form, *case, 3, dtype=torch.float64))
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
@@ -150,7 +162,8 @@ def test_any_strides(device):
 
 
 def test_autocast():
-    """bf16 in, bf16 out, fp32 statistics and parameters: at mean 30, bf16 statistics would be off by 0.1."""
+    """bf16 in, bf16 out, fp32 statistics and parameters: at mean 30, bf16 statistics would be off
+    by 0.1."""
     x, weight, bias, scale, shift, dy = inputs((4, 32, 8, 8), torch.bfloat16, mean=30, std=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert group_norm(x, 8, weight, bias, scale, shift).dtype == torch.bfloat16
@@ -169,7 +182,8 @@ def test_empty(shape, device):
 
 def test_module():
     norm = GroupNorm(4, 12)
-    assert {k: tuple(v.shape) for k, v in norm.state_dict().items()} == {"weight": (12,), "bias": (12,)}
+    assert {k: tuple(v.shape) for k, v in norm.state_dict().items()} == {
+        "weight": (12,), "bias": (12,)}
     x, weight, bias, scale, shift, _ = inputs((2, 12, 4, 4))
     torch.testing.assert_close(norm(x), F.silu(F.group_norm(x, 4)))
     norm.load_state_dict({"weight": weight, "bias": bias})
@@ -182,7 +196,8 @@ def test_module():
 
 
 def test_network_in_one_graph_for_every_batch():
-    """dynamic=True makes symbols of numbers: no check may ask what only a known number can answer."""
+    """dynamic=True makes symbols of numbers: no check may ask what only a known number can
+    answer."""
     torch.manual_seed(0)
     net = UNet(1, size=8, width=8, multipliers=(1, 2), blocks=1, attention=())
     for p in net.parameters():
@@ -202,12 +217,14 @@ def test_network_in_one_graph_for_every_batch():
 
 
 @pytest.mark.parametrize("change, says", (
-    ({"x": torch.ones(6)}, "x must be"), ({"x": torch.ones(2, 6, 4, dtype=torch.long)}, "x must be"),
+    ({"x": torch.ones(6)}, "x must be"),
+    ({"x": torch.ones(2, 6, 4, dtype=torch.long)}, "x must be"),
     ({"x": torch.ones(2, 6, dtype=torch.complex64)}, "x must be"), ({"x": None}, "x must be"),
     ({"groups": 4}, "groups"), ({"groups": 0}, "groups"), ({"groups": 3.0}, "groups"),
     ({"groups": -3}, "groups"),
-    ({"weight": torch.ones(5)}, "weight"), ({"weight": None}, "weight"), ({"bias": torch.ones(6, 1)}, "bias"),
-    ({"bias": torch.ones(6, dtype=torch.long)}, "bias"), ({"weight": torch.ones(6, device="meta")}, "meta"),
+    ({"weight": torch.ones(5)}, "weight"), ({"weight": None}, "weight"),
+    ({"bias": torch.ones(6, 1)}, "bias"), ({"bias": torch.ones(6, dtype=torch.long)}, "bias"),
+    ({"weight": torch.ones(6, device="meta")}, "meta"),
     ({"scale": torch.ones(6)}, "scale"), ({"scale": torch.ones(1, 6)}, "scale"),
     ({"shift": torch.ones(2, 3)}, "shift"), ({"shift": 1.0}, "shift"),
     ({"eps": 0.0}, "eps"), ({"eps": float("nan")}, "eps"), ({"eps": float("inf")}, "eps"),
@@ -226,16 +243,20 @@ def test_kernels_in_the_interpreter(program):
 
 @GPU
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-@pytest.mark.parametrize("shape, groups", (((64, 128, 32, 32), 32), ((16, 64, 128, 128), 16), ((8, 256, 16, 16), 8),
-                                           ((64, 512, 8, 8), 32), ((64, 256, 16, 16), 32)), ids=str)
+@pytest.mark.parametrize("shape, groups", (
+    ((64, 128, 32, 32), 32), ((16, 64, 128, 128), 16), ((8, 256, 16, 16), 8),
+    ((64, 512, 8, 8), 32), ((64, 256, 16, 16), 32)), ids=str)
 def test_gpu_every_kernel(shape, groups, layout):
-    """Tiles of several groups, split groups: right, the same bits in every run, in one graph, and replayed."""
+    """Tiles of several groups, split groups: right, the same bits in every run, in one graph, and
+    replayed."""
     for dtype in (torch.float32, torch.bfloat16):
         case = (*inputs(shape, dtype, layout=layout, device="cuda"), groups)
         ours = gradients(group_norm, *case)
-        assert_no_worse(ours, gradients(eager, *case), gradients(closed_form, *case, dtype=torch.float64), dtype)
+        assert_no_worse(ours, gradients(eager, *case),
+                        gradients(closed_form, *case, dtype=torch.float64), dtype)
         assert all(torch.equal(a, b) for a, b in zip(ours, gradients(group_norm, *case)))
-        torch.testing.assert_close(gradients(torch.compile(group_norm, fullgraph=True), *case), ours, rtol=0, atol=0)
+        torch.testing.assert_close(gradients(torch.compile(group_norm, fullgraph=True), *case),
+                                   ours, rtol=0, atol=0)
     x, *rest = case[:5]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

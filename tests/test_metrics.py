@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
-# ------------------------------------------------------------------------------------------ Frechet distance
+# --------------------------------------------------------------------------------- Frechet distance
 
 def newton_root_trace(a, b):
     """tr (a b)^(1/2) by the Denman-Beavers iteration: inverses only, for regular covariances."""
@@ -30,7 +30,8 @@ def newton_root_trace(a, b):
 
 def test_frechet_one_dimension():
     # (m1 - m2)^2 + (s1 - s2)^2
-    got = metrics.frechet(*(torch.tensor(v, dtype=torch.float64) for v in ([1.0], [[4.0]], [-2.0], [[0.25]])))
+    got = metrics.frechet(*(torch.tensor(v, dtype=torch.float64)
+                            for v in ([1.0], [[4.0]], [-2.0], [[0.25]])))
     assert got == pytest.approx(9 + 1.5**2, rel=1e-12)
 
 
@@ -60,7 +61,8 @@ def test_frechet_singular_covariances():
     d, zero = 64, torch.zeros(64, dtype=torch.float64)
     a = normal(d, 3, seed=6)
     cov = a @ a.T                                     # rank 3 of 64
-    # C against 4 C: tr(C) (1 - 2)^2; disjoint supports: nothing in common; a single point against a Gaussian
+    # C against 4 C: tr(C) (1 - 2)^2; disjoint supports: nothing in common; a single point against
+    # a Gaussian
     assert metrics.frechet(zero, cov, zero, 4 * cov) == pytest.approx(float(cov.trace()), rel=1e-12)
     assert metrics.frechet(zero, cov, zero, cov) == pytest.approx(0, abs=1e-10)
     e, f = torch.zeros(2, d, d, dtype=torch.float64)
@@ -87,7 +89,7 @@ def test_moments_stream():
         metrics.moments([x[:1]])
 
 
-# ---------------------------------------------------------------- precision, recall, density, coverage
+# ------------------------------------------------------------- precision, recall, density, coverage
 
 def naive(real, fake):
     """The definitions, one pair at a time."""
@@ -111,7 +113,7 @@ def test_neighbours_against_loops(n, m, monkeypatch):
     real, fake = normal(n, 4, seed=8), 0.8 * normal(m, 4, seed=9) + 0.5
     got = metrics.neighbours(real + 100, fake + 100)  # far from the origin too
     want = naive(real, fake)
-    assert 0.1 < want["precision"] < 1 and 0.1 < want["recall"] < 1      # a case that tells them apart
+    assert 0.1 < want["precision"] < 1 and 0.1 < want["recall"] < 1  # a case that tells them apart
     assert got == pytest.approx(want, abs=1e-12)
 
 
@@ -134,7 +136,7 @@ def test_neighbours_constructed():
         metrics.neighbours(real, real[:5])
 
 
-# ------------------------------------------------------------------------------ points, modes, scores
+# ---------------------------------------------------------------------------- points, modes, scores
 
 def test_sliced_wasserstein_in_one_dimension():
     x, y = normal(500, 1, seed=12), 2 * normal(500, 1, seed=13)
@@ -149,7 +151,8 @@ def test_sliced_wasserstein_in_one_dimension():
 def test_sliced_wasserstein_of_a_shift():
     x = normal(300, 2, seed=14)
     assert metrics.sliced_wasserstein(x, x) == 0
-    # E |<u, (3, 4)>| over the circle is 5 * 2/pi; 256 directions estimate it with sigma 5 * 0.308 / 16
+    # E |<u, (3, 4)>| over the circle is 5 * 2/pi; 256 directions estimate it with sigma
+    # 5 * 0.308 / 16
     shift = torch.tensor([3.0, 4.0], dtype=torch.float64)
     got = metrics.sliced_wasserstein(x, x + shift)
     assert got == pytest.approx(10 / math.pi, abs=3 * 5 * 0.308 / 16)
@@ -169,28 +172,34 @@ def test_grid_modes():
     assert got["within"] == pytest.approx(1 - math.exp(-4.5), abs=0.004)
     # the shipped grid, from the shipped data
     drawn = metrics.data.load("gaussians", split="test")
-    shipped = metrics.grid_modes(drawn.points, metrics.data.GAUSSIANS_MEANS, metrics.data.GAUSSIANS_SIGMA)
-    assert shipped["modes"] == 25 and shipped["within"] == pytest.approx(1 - math.exp(-4.5), abs=0.01)
+    shipped = metrics.grid_modes(drawn.points, metrics.data.GAUSSIANS_MEANS,
+                                 metrics.data.GAUSSIANS_SIGMA)
+    assert (shipped["modes"] == 25
+            and shipped["within"] == pytest.approx(1 - math.exp(-4.5), abs=0.01))
     # E(|x|^2 | |x| <= 3 sigma) / 2 = 1 - 4.5 / (exp(4.5) - 1), of 10,000 points: sigma 0.007
     assert got["spread"] == pytest.approx((1 - 4.5 / math.expm1(4.5)) ** 0.5, abs=0.02)
-    narrow = centres[index] + 0.03 + 0.4 * sigma * normal(10_000, 2, seed=16)  # off their centres, which is not spread
+    # off their centres, which is not spread
+    narrow = centres[index] + 0.03 + 0.4 * sigma * normal(10_000, 2, seed=16)
     assert metrics.grid_modes(narrow, centres, sigma)["spread"] == pytest.approx(0.4, abs=0.01)
     # 5 of 25 modes in equal parts: KL = log 5; far points are assigned, but count for no mode
     few = centres[torch.arange(1000) % 5]
-    assert metrics.grid_modes(few, centres, sigma) == {"modes": 5, "modes_of": 25, "within": 1, "spread": 0,
-                                                       "kl": pytest.approx(math.log(5), rel=1e-6)}
+    assert metrics.grid_modes(few, centres, sigma) == {
+        "modes": 5, "modes_of": 25, "within": 1, "spread": 0,
+        "kl": pytest.approx(math.log(5), rel=1e-6)}
     off = metrics.grid_modes(few + 0.31, centres, sigma)
     assert off["modes"] == off["within"] == off["spread"] == 0
     # 20 of 10,000 make a mode, 19 do not; so do 2 of 1,000, and 1 does not
     for n, enough in ((10_000, 20), (1000, 2)):
         for k, modes in ((enough, 2), (enough - 1, 1)):
-            assert metrics.grid_modes(centres[[0] * (n - k) + [7] * k], centres, sigma)["modes"] == modes
+            assert metrics.grid_modes(
+                centres[[0] * (n - k) + [7] * k], centres, sigma)["modes"] == modes
 
 
 def test_inception_score_closed_forms():
     assert metrics.inception_score(torch.full((100, 8), 1 / 8)) == pytest.approx(1, rel=1e-9)
     assert metrics.inception_score(torch.eye(8).repeat(100, 1)) == pytest.approx(8, rel=1e-9)
-    assert metrics.inception_score(torch.eye(8)[[3] * 50]) == pytest.approx(1, rel=1e-9)    # always one class
+    # always one class
+    assert metrics.inception_score(torch.eye(8)[[3] * 50]) == pytest.approx(1, rel=1e-9)
     # two blocks of 5,000: eight classes in one, two in the other
     two = torch.cat([torch.eye(8).repeat(625, 1), torch.eye(8)[:2].repeat(2500, 1)])
     assert metrics.inception_score(two) == pytest.approx((8 + 2) / 2, rel=1e-9)
@@ -203,13 +212,14 @@ def test_peak_memory_is_in_mib():
     assert metrics.peak_memory() - before < 400 and metrics.peak_memory() >= 256
 
 
-# -------------------------------------------------------------------- pictures whose quality is known
+# ------------------------------------------------------------------ pictures whose quality is known
 
 SIDE, NAMES = 12, ["dot", "flat", "slope", "upright"]
 
 
 class Drawn:
-    """A data set, like those of common/data.py, of dots, lying bars, slopes (crosses) and standing bars."""
+    """A data set, like those of common/data.py, of dots, lying bars, slopes (crosses) and standing
+    bars."""
     def __init__(self, n, seed, channels=1, keep=None, labelled=True):
         g = generator(seed)
         y = torch.randint(4, (n,), generator=g)
@@ -224,7 +234,8 @@ class Drawn:
         kept = (y[:, None] == torch.tensor(keep)).any(1)
         x, y = (255 * x.clamp(0, 1)).to(torch.uint8)[kept], y[kept]
         self.images = x[:, None].expand(-1, channels, -1, -1).contiguous()
-        self.labels = torch.searchsorted(torch.tensor(keep), y) if labelled else torch.full_like(y, -1)
+        self.labels = (torch.searchsorted(torch.tensor(keep), y) if labelled
+                       else torch.full_like(y, -1))
         self.classes = [NAMES[k] for k in keep] if labelled else []
         self.hashes = None
         self.name, self.points, self.shape = "drawn", None, (channels, SIDE, SIDE)
@@ -247,20 +258,22 @@ def drawn(monkeypatch):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data"))       # one cached classifier for all tests of the drawings
+    # one cached classifier for all tests of the drawings
+    return str(tmp_path_factory.mktemp("data"))
 
 
 def test_better_pictures_have_better_figures(drawn, root, capsys):
     real = Drawn(500, 3).images
     good = metrics.evaluate(real, "drawn", root)
     assert "of held-out pictures right" in capsys.readouterr().err
-    assert list(good) == ["samples", "accuracy", "fcd", "fcd_floor", "floor_n", "precision", "recall",
-                          "density", "coverage", "class_kl", "class_least", "class_most"]
+    assert list(good) == [
+        "samples", "accuracy", "fcd", "fcd_floor", "floor_n", "precision", "recall", "density",
+        "coverage", "class_kl", "class_least", "class_most"]
     assert all(type(v) is float and math.isfinite(v) for v in good.values())
     assert good["samples"] == good["floor_n"] == 500 and good["accuracy"] > 0.95
     net, train = metrics.classifier("drawn", root)[0], Drawn(2000, 1)
     features = metrics.look(net, train.images, torch.arange(2000))[0]
-    assert float(features.var(0).sum()) == pytest.approx(100, rel=1e-3)                 # this sets the scale
+    assert float(features.var(0).sum()) == pytest.approx(100, rel=1e-3)  # this sets the scale
     # few samples: the floor is the mean over five draws of as many held-out pictures
     reference = metrics.moments([features])
     held_out = metrics.look(net, Drawn(700, 2).images, metrics.choice(700, 500))[0].split(100)
@@ -270,13 +283,15 @@ def test_better_pictures_have_better_figures(drawn, root, capsys):
     assert few["fcd_floor"] > good["fcd_floor"]
     # new real pictures are as near as the held-out ones
     assert 0 < good["fcd_floor"] < 3 and good["fcd"] < 3 * good["fcd_floor"] + 0.5
-    assert min(good[k] for k in ("precision", "recall", "coverage")) > 0.8 and 0.8 < good["density"] < 1.2
+    assert (min(good[k] for k in ("precision", "recall", "coverage")) > 0.8
+            and 0.8 < good["density"] < 1.2)
     assert good["class_kl"] < 0.02 and 0.7 < good["class_least"] <= 1 <= good["class_most"] < 1.3
 
     noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=generator(4))
     noise = metrics.evaluate(noise, "drawn", root)
     assert capsys.readouterr().err == ""              # the classifier was kept
-    assert noise["fcd"] > 30 * good["fcd"] and noise["precision"] < 0.05 and noise["coverage"] < 0.05
+    assert (noise["fcd"] > 30 * good["fcd"] and noise["precision"] < 0.05
+            and noise["coverage"] < 0.05)
     assert noise["fcd_floor"] == good["fcd_floor"] and noise["accuracy"] == good["accuracy"]
 
     blurred = torch.nn.functional.avg_pool2d(real.float(), 3, 1, 1).to(torch.uint8)
@@ -285,7 +300,8 @@ def test_better_pictures_have_better_figures(drawn, root, capsys):
     everything = Drawn(2500, 6)
     dots = metrics.evaluate(everything.images[everything.labels == 0][:500], "drawn", root)
     assert dots["fcd"] > 10 * good["fcd"] and dots["precision"] > 0.7 and dots["recall"] < 0.5
-    assert dots["class_kl"] > 0.9 * math.log(4) and dots["class_least"] < 0.1 and dots["class_most"] > 3
+    assert (dots["class_kl"] > 0.9 * math.log(4) and dots["class_least"] < 0.1
+            and dots["class_most"] > 3)
 
 
 def test_reference_is_kept(drawn, tmp_path, monkeypatch):
@@ -295,7 +311,7 @@ def test_reference_is_kept(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "look", lambda net, images, index, device="cpu":
                         looked.append(len(index)) or look(net, images, index, device))
     first = metrics.evaluate(real, "drawn", root)
-    assert looked == [2000, 100, 2000, 500]           # the classifier's scale; samples; both references
+    assert looked == [2000, 100, 2000, 500]  # the classifier's scale; samples; both references
     looked.clear()
     assert metrics.evaluate(real, "drawn", root) == first and looked == [100]
     looked.clear()
@@ -304,7 +320,7 @@ def test_reference_is_kept(drawn, tmp_path, monkeypatch):
     looked.clear()
     kept = next(tmp_path.glob("classifier-*.pt"))
     state = torch.load(kept)
-    state["state"]["scale"] *= 2                      # a classifier that was made again, differently
+    state["state"]["scale"] *= 2  # a classifier that was made again, differently
     torch.save(state, kept)
     again = metrics.evaluate(real, "drawn", root)
     assert looked == [100, 2000, 500]
@@ -318,8 +334,10 @@ def test_kept_classes_share_the_classifier(drawn, root, monkeypatch, capsys):
     result = metrics.evaluate(some.images, "drawn", root, classes=["dot", "upright"])
     assert capsys.readouterr().err == ""              # that of all four classes served
     assert result["fcd"] < 1.5 * result["fcd_floor"] + 0.5 and result["class_kl"] < 0.02
-    # fewer are held out than were drawn: the floor says so, and the training pictures stand in for neighbours
-    assert result["samples"] == len(some) > result["floor_n"] == len(Drawn(700, 2, keep=["dot", "upright"]))
+    # fewer are held out than were drawn: the floor says so, and the training pictures stand in for
+    # neighbours
+    assert result["samples"] == len(some) > result["floor_n"] == len(
+        Drawn(700, 2, keep=["dot", "upright"]))
     seen, neighbours = [], metrics.neighbours
     monkeypatch.setattr(metrics, "neighbours", lambda *sets: seen.append(sets) or neighbours(*sets))
     for n in (len(some), 250):
@@ -332,13 +350,15 @@ def test_kept_classes_share_the_classifier(drawn, root, monkeypatch, capsys):
 
 
 def test_class_shares():
-    """Labelled training pictures: two thirds and one third; eight samples: four in each kept class."""
+    """Labelled training pictures: two thirds and one third; eight samples: four in each kept
+    class."""
     train = Drawn(2, 1)
     train.labels, train.classes = torch.tensor([0, 0, 1, -1, -1]), ["upright", "dot"]
     logits = torch.eye(4)[torch.tensor([3, 0] * 4)]
     logits[:, 1] = 9                                  # a class that was not kept is none to choose
     assert metrics._class_shares(logits, train, NAMES) == pytest.approx(
-        {"class_kl": 0.5 * math.log(0.75) + 0.5 * math.log(1.5), "class_least": 0.75, "class_most": 1.5})
+        {"class_kl": 0.5 * math.log(0.75) + 0.5 * math.log(1.5), "class_least": 0.75,
+         "class_most": 1.5})
 
 
 def test_without_labels_it_learns_rotations(drawn, root, capsys):
@@ -364,7 +384,8 @@ def test_stacked_modes_are_three_classes(drawn, root, monkeypatch):
     def load(name, root="data", size=None, classes=None, split="train", seed=0):
         return Drawn(300, 9, channels=1 if name == "digits" else 3)
     monkeypatch.setattr(metrics.data, "load", load)
-    monkeypatch.setattr(metrics, "classifier", lambda name, *_: (net, 0.5, names) * (name == "digits"))
+    monkeypatch.setattr(metrics, "classifier",
+                        lambda name, *_: (net, 0.5, names) * (name == "digits"))
     result = metrics.evaluate(stacked, "stacked", root)
     assert result["modes"] == 48 and result["modes_of"] == 1000 and "class_kl" not in result
     assert result["kl"] == pytest.approx(math.log(1000 / 48), rel=1e-6)
@@ -388,7 +409,8 @@ def test_classifier_is_cached_and_deterministic(drawn, tmp_path, monkeypatch, ca
     assert path.stat().st_mtime_ns == stamp and capsys.readouterr().err == ""
     path.write_bytes(path.read_bytes()[:1000])        # cut: told, made again, whole
     metrics.classifier("drawn", str(tmp_path))
-    assert "damaged" in capsys.readouterr().err and metrics.classifier("drawn", str(tmp_path))[1] == b[1]
+    assert ("damaged" in capsys.readouterr().err
+            and metrics.classifier("drawn", str(tmp_path))[1] == b[1])
     monkeypatch.setattr(metrics, "UPDATES", {1: 3})   # another recipe: the same file, made again
     capsys.readouterr()
     metrics.classifier("drawn", str(tmp_path))
@@ -402,7 +424,8 @@ def test_classifier_is_cached_and_deterministic(drawn, tmp_path, monkeypatch, ca
         return kept
     monkeypatch.setattr(metrics.data, "load", changed)
     metrics.classifier("drawn", str(tmp_path))        # other data: another file
-    assert len(list(tmp_path.iterdir())) == 3         # two files and the first folder: nothing half-written
+    # two files and the first folder: nothing half-written
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_nothing_in_a_cached_file_runs(drawn, tmp_path, monkeypatch, capsys):
@@ -418,7 +441,8 @@ def test_nothing_in_a_cached_file_runs(drawn, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "ran").exists() and "damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("channels, side", [(1, 8), (3, 16), (1, 28), (3, 33), (3, 64), (1, 256), (1, 4)])
+@pytest.mark.parametrize(
+    "channels, side", [(1, 8), (3, 16), (1, 28), (3, 33), (3, 64), (1, 256), (1, 4)])
 def test_classifier_takes_every_size(channels, side):
     features, logits = metrics.Classifier(channels, side, 7)(torch.zeros(2, channels, side, side))
     assert features.shape == (2, 160) and logits.shape == (2, 7)
@@ -426,15 +450,16 @@ def test_classifier_takes_every_size(channels, side):
 
 def test_evaluate_refuses(drawn, root):
     good = Drawn(20, 3).images
-    for bad, text in [(good.float(), "float32"), (good.numpy(), "uint8"), (None, "None"), (good[:5], "few"),
-                      (good[0], r"\(1, 12, 12\)"), (good[:, :, :8], r"\(20, 1, 8, 12\)"),
+    for bad, text in [(good.float(), "float32"), (good.numpy(), "uint8"), (None, "None"),
+                      (good[:5], "few"), (good[0], r"\(1, 12, 12\)"),
+                      (good[:, :, :8], r"\(20, 1, 8, 12\)"),
                       (good.expand(-1, 3, -1, -1), r"\(20, 3, 12, 12\)")]:
         with pytest.raises(ValueError, match=text) as error:
             metrics.evaluate(bad, "drawn", root)
         assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------- points
+# ------------------------------------------------------------------------------------------- points
 
 def test_points(monkeypatch, tmp_path):
     class Points:
@@ -445,15 +470,17 @@ def test_points(monkeypatch, tmp_path):
 
         def __len__(self):
             return 900
-    monkeypatch.setattr(metrics.data, "load",
-                        lambda name, root, size, classes, split, seed: Points({"train": 1, "test": 2}[split]))
+    monkeypatch.setattr(
+        metrics.data, "load",
+        lambda name, root, size, classes, split, seed: Points({"train": 1, "test": 2}[split]))
     fine = metrics.evaluate(Points(3).points, "swirl", str(tmp_path))
-    assert list(fine) == ["samples", "wasserstein", "wasserstein_floor", "floor_n", "precision", "recall",
-                          "density", "coverage", "on_curve", "std", "on_curve_of_data", "std_of_data"]
+    assert list(fine) == [
+        "samples", "wasserstein", "wasserstein_floor", "floor_n", "precision", "recall", "density",
+        "coverage", "on_curve", "std", "on_curve_of_data", "std_of_data"]
     assert fine["std"] == pytest.approx(1, abs=0.1) and fine["on_curve"] < 0.5
     assert fine["wasserstein"] < 0.15 and fine["wasserstein_floor"] < 0.15
     moved = metrics.evaluate(Points(3).points + 1, "swirl", str(tmp_path))
-    assert moved["wasserstein"] == pytest.approx(2**0.5 * 2 / math.pi, abs=0.2)         # E |<u, (1, 1)>|
+    assert moved["wasserstein"] == pytest.approx(2**0.5 * 2 / math.pi, abs=0.2)  # E |<u, (1, 1)>|
     assert "sliced Wasserstein" in metrics.report(moved) and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="for pictures"):
         metrics.evaluate(Points(3).points, "swirl", str(tmp_path), inception="any.pt")
@@ -464,9 +491,11 @@ def test_points(monkeypatch, tmp_path):
 
 
 def test_the_share_on_the_curve():
-    """Of points noised by sigma about a line, erf(3 / sqrt(2)) lie within 3 sigma; at 1.5 sigma twice as wide."""
+    """Of points noised by sigma about a line, erf(3 / sqrt(2)) lie within 3 sigma; at 1.5 sigma
+    twice as wide."""
     line = torch.stack([torch.linspace(-1, 1, 2000), torch.zeros(2000)], 1)
-    points = torch.stack([normal(20_000, seed=1).clamp(-3, 3) / 4, 0.01 * normal(20_000, seed=2)], 1)
+    points = torch.stack([normal(20_000, seed=1).clamp(-3, 3) / 4,
+                          0.01 * normal(20_000, seed=2)], 1)
     for wider, want in ((1, 0.9973), (2, 0.8664)):
         told = metrics.on_curve(points * torch.tensor([1, wider]), line, 0.01)
         assert told["on_curve"] == pytest.approx(want, abs=4 * (want * (1 - want) / 20_000) ** 0.5)
@@ -477,10 +506,11 @@ def test_the_share_on_the_curve():
 
 
 def test_report():
-    text = metrics.report({"samples": 26000.0, "accuracy": 0.9931, "fcd": 12.345, "fcd_floor": 1.234,
-                           "floor_n": 600.0, "precision": 0.9, "recall": 0.8, "density": 1.0, "coverage": 0.7,
-                           "class_kl": 0.01, "class_least": 0.5, "class_most": 2.0, "fid": 30.0, "is": 5.0,
-                           "ms per sample": 12.5})
+    text = metrics.report({
+        "samples": 26000.0, "accuracy": 0.9931, "fcd": 12.345, "fcd_floor": 1.234,
+        "floor_n": 600.0, "precision": 0.9, "recall": 0.8, "density": 1.0, "coverage": 0.7,
+        "class_kl": 0.01, "class_least": 0.5, "class_most": 2.0, "fid": 30.0, "is": 5.0,
+        "ms per sample": 12.5})
     lines = text.splitlines()
     (fcd,) = [line for line in lines if line.startswith("FCD")]
     assert "12.3" in fcd and "1.234" in fcd and "600" in fcd
@@ -490,10 +520,11 @@ def test_report():
     assert len(column) == 1                           # aligned
 
 
-# ---------------------------------------------------------------------------------------------- FID and IS
+# --------------------------------------------------------------------------------------- FID and IS
 
 class Usual(torch.nn.Module):
-    """Called like the usual export. Features: means of four quarters, then zeros; classes: the brightest."""
+    """Called like the usual export. Features: means of four quarters, then zeros; classes: the
+    brightest."""
     def __init__(self):
         super().__init__()
         self.used = torch.nn.Parameter(torch.zeros(()))
@@ -538,7 +569,8 @@ def quarter_pictures(n=8):
     return x
 
 
-@pytest.mark.parametrize("module, scored", [(Usual(), True), (Plain(2048, True), True), (Bare(), False)])
+@pytest.mark.parametrize("module, scored", [(Usual(), True), (Plain(2048, True), True),
+                                            (Bare(), False)])
 def test_inception_calls(module, scored, tmp_path):
     call = metrics.load_inception(saved(module, tmp_path / "net.pt"))
     features, probabilities = call(quarter_pictures())
@@ -581,16 +613,18 @@ def test_fid_and_is(drawn, root, tmp_path, monkeypatch):
     whole = metrics.evaluate(Drawn(50, 3).images, "drawn", root, inception=path)
     assert 0 < whole["fid"] < 0.1 and 1 < whole["is"] <= 4
     # a single point: its distance to the mean, and all the reference's variance
-    quarters = torch.nn.functional.adaptive_avg_pool2d(train.images[:, 0].double(), 2).flatten(1) / 255
+    quarters = torch.nn.functional.adaptive_avg_pool2d(
+        train.images[:, 0].double(), 2).flatten(1) / 255
     want = quarters.mean(0).square().sum() + quarters.var(0).sum()
     assert dark["fid"] == pytest.approx(float(want), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ for real
+# ----------------------------------------------------------------------------------------- for real
 
 @pytest.mark.slow
 def test_digits(tmp_path):
-    """The classifier of the drawn digits, as it is shipped: at least 99 % right, and a low floor."""
+    """The classifier of the drawn digits, as it is shipped: at least 99 % right, and a low
+    floor."""
     real = metrics.data.load("digits", str(tmp_path), split="test")
     result = metrics.evaluate(real.images[::2], "digits", str(tmp_path))
     print(metrics.report(result))

@@ -1,6 +1,6 @@
-"""kernels/noise.py: known answers, invariance, statistics, and the Triton kernel in processes of its own."""
+"""kernels/noise.py: known answers, invariance, statistics, and the Triton kernel in processes of
+its own."""
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +18,16 @@ SEED = 0x0123456789ABCDEF
 
 
 @pytest.mark.parametrize("counter, key, expected", [  # Random123, kat_vectors
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ("00000000 00000000 00000000 00000000", "00000000 00000000",
+     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ])
 def test_known_answers(counter, key, expected):
-    counter, key, expected = ([int(w, 16) for w in line.split()] for line in (counter, key, expected))
+    counter, key, expected = ([int(w, 16) for w in line.split()]
+                              for line in (counter, key, expected))
     assert [int(w) for w in philox(*counter, *key)] == expected
     assert [int(w) for w in words(*counter, *key)] == expected  # the tests' own reference
 
@@ -38,8 +42,9 @@ def test_words_broadcast_and_wrap():
         assert torch.equal(g, w)  # all are taken mod 2^32
 
 
-@pytest.mark.parametrize("rng", [(SEED, 0, 0, 0), (2 ** 64 - 3, 2 ** 32 - 3, 2 ** 32 - 1, 2 ** 32 - 1),
-                                 (-2, torch.tensor([2, 2 ** 32 - 1, 0]), 7, 11)])
+@pytest.mark.parametrize("rng", [
+    (SEED, 0, 0, 0), (2 ** 64 - 3, 2 ** 32 - 3, 2 ** 32 - 1, 2 ** 32 - 1),
+    (-2, torch.tensor([2, 2 ** 32 - 1, 0]), 7, 11)])
 def test_normals_are_box_muller_of_their_words(rng):
     n = randn((3, 3, 21, 13), *rng)
     # Relative, too: the folded angles keep the digits of the smallest normals.
@@ -47,20 +52,24 @@ def test_normals_are_box_muller_of_their_words(rng):
 
 
 def test_normals_of_the_exact_words():
-    """u and v not rounded to float32: u = (w0 + 1/2) / 2^32, angle 2 pi w1 / 2^32, all in float64."""
+    """u and v not rounded to float32: u = (w0 + 1/2) / 2^32, angle 2 pi w1 / 2^32, all in
+    float64."""
     n = randn((4, 4096), 5, 1, 2, 3).double().reshape(4, -1, 4)
     w = [v.astype(np.float64) for v in words(np.arange(1024), np.arange(1, 5)[:, None], 2, 3, 5, 0)]
     for i in (0, 2):
-        u, angle = torch.from_numpy((w[i] + 0.5) / 2 ** 32), torch.from_numpy(2 * np.pi * w[i + 1] / 2 ** 32)
+        u, angle = (torch.from_numpy((w[i] + 0.5) / 2 ** 32),
+                    torch.from_numpy(2 * np.pi * w[i + 1] / 2 ** 32))
         inner = u < 0.999  # next to u = 1 the radius magnifies u's rounding of 2^-25
         r = (-2 * u.log()).sqrt()
         torch.testing.assert_close(n[..., i][inner], (r * angle.cos())[inner], rtol=0, atol=1e-5)
-        torch.testing.assert_close(n[..., i + 1][inner], (r * angle.sin())[inner], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            n[..., i + 1][inner], (r * angle.sin())[inner], rtol=0, atol=1e-5)
 
 
 def test_extreme_words():
     """u = 2^-33 and 1; angles at and next to every quarter turn."""
-    edges = torch.tensor([k * 2 ** 30 + d for k in range(4) for d in (-200, -1, 0, 1, 200)]) % 2 ** 32
+    edges = torch.tensor([k * 2 ** 30 + d for k in range(4)
+                          for d in (-200, -1, 0, 1, 200)]) % 2 ** 32
     w0 = torch.tensor([0, 1, 2 ** 31, 2 ** 32 - 129, 2 ** 32 - 1]).repeat_interleave(len(edges))
     w1 = edges.repeat(5)
     r, cos, sin = noise._box_muller(w0, w1)
@@ -85,7 +94,8 @@ def test_any_batch_split_gives_the_same_rows(monkeypatch):
     assert torch.equal(whole, torch.cat(parts))
     order = torch.tensor([3, 0, 6, 6])
     assert torch.equal(whole[order], randn((4, 3, 10, 5), SEED, 5 + order, 2, 3))
-    assert torch.equal(whole, randn((7, 150), SEED, 5, 2, 3).view_as(whole))  # the flat index alone counts
+    # the flat index alone counts
+    assert torch.equal(whole, randn((7, 150), SEED, 5, 2, 3).view_as(whole))
     odd = randn((7, 33), SEED, 5, 2, 3)
     assert torch.equal(whole.flatten(1)[:, :33], odd) and odd.is_contiguous()
     monkeypatch.setattr(noise, "_CHUNK", 16)  # rows longer than a pass of the twin
@@ -94,7 +104,8 @@ def test_any_batch_split_gives_the_same_rows(monkeypatch):
 
 def test_numbers_may_be_tensors():
     whole = randn((3, 8), 9, 4, 5, 6)
-    assert torch.equal(whole, randn((3, 8), torch.tensor(9), torch.arange(4, 7), torch.tensor(5), 6))
+    assert torch.equal(
+        whole, randn((3, 8), torch.tensor(9), torch.arange(4, 7), torch.tensor(5), 6))
     assert torch.equal(whole, randn((3, 8), np.int64(9), np.int32(4), np.uint8(5), 6))
     assert torch.equal(randn((3, 8), -1), randn((3, 8), 2 ** 64 - 1))
     assert torch.equal(randn((3, 8), torch.tensor(-1)), randn((3, 8), 2 ** 64 - 1))
@@ -103,7 +114,8 @@ def test_numbers_may_be_tensors():
 def moments_and_ks(x):
     n = x.numel()
     x = x.double().flatten()
-    z = [x.mean() * n ** 0.5, (x.square().mean() - 1) * (n / 2) ** 0.5, x.pow(3).mean() * (n / 15) ** 0.5,
+    z = [x.mean() * n ** 0.5, (x.square().mean() - 1) * (n / 2) ** 0.5,
+         x.pow(3).mean() * (n / 15) ** 0.5,
          (x.pow(4).mean() - 3) * (n / 96) ** 0.5]  # E x^6 = 15; Var x^4 = 105 - 9
     cdf = 0.5 * torch.special.erfc(-x.sort().values / 2 ** 0.5)
     i = torch.arange(n, dtype=torch.float64)
@@ -126,28 +138,34 @@ def test_moments_and_kolmogorov_smirnov(shape):
 def test_everything_in_key_and_counter_counts_and_is_independent():
     base = dict(seed=3, sample=10, step=20, stream=30)
     x = randn((64, 4096), **base).double()
-    changed = [{name: base[name] + d} for name in ("seed", "step", "stream") for d in (-1, 1, 2 ** 16)]
-    changed += [{"seed": 3 + 2 ** 32}, {"sample": 10 + 64}, {"sample": 2 ** 31}, {"step": 30, "stream": 20}]
+    changed = [{name: base[name] + d} for name in ("seed", "step", "stream")
+               for d in (-1, 1, 2 ** 16)]
+    changed += [{"seed": 3 + 2 ** 32}, {"sample": 10 + 64}, {"sample": 2 ** 31},
+                {"step": 30, "stream": 20}]
     others = [(change, randn((64, 4096), **base | change).double()) for change in changed]
     others += [(shift, x.roll(*shift)) for shift in ((1, 0), (1, 1), (2, 1), (3, 1), (4, 1))]
     bound = 5 / x.numel() ** 0.5
     for what, y in others:
-        for f in (lambda v: v, lambda v: (v.square() - 1) / 2 ** 0.5):  # of the numbers, and of their sizes
+        # of the numbers, and of their sizes
+        for f in (lambda v: v, lambda v: (v.square() - 1) / 2 ** 0.5):
             assert abs(float((f(x) * f(y)).mean())) < bound, what
 
 
 def test_zero_sizes():
     for shape in ((0, 3, 4), (3, 0), (0,)):
         assert randn(shape, 1).shape == shape
-    assert randn((0, 3), 1, torch.empty(0, dtype=torch.int64), dtype=torch.float16).dtype == torch.float16
+    assert randn((0, 3), 1, torch.empty(0, dtype=torch.int64),
+                 dtype=torch.float16).dtype == torch.float16
 
 
 @pytest.mark.parametrize("kwargs, word", [
     (dict(shape=()), "shape"), (dict(dtype=torch.int64), "dtype"), (dict(seed=2 ** 64), "seed"),
-    (dict(seed=1.5), "seed"), (dict(seed=torch.zeros(1, dtype=torch.int64)), "seed"), (dict(step=-1), "step"),
-    (dict(step=2 ** 32), "step"), (dict(step=torch.tensor(1.0)), "step"), (dict(stream="a"), "stream"),
-    (dict(stream=2 ** 32), "stream"), (dict(sample=-1), "sample"), (dict(sample=2 ** 32 - 1), "sample"),
-    (dict(sample=torch.zeros(3, dtype=torch.int64)), "sample"), (dict(sample=torch.zeros(2)), "sample"),
+    (dict(seed=1.5), "seed"), (dict(seed=torch.zeros(1, dtype=torch.int64)), "seed"),
+    (dict(step=-1), "step"), (dict(step=2 ** 32), "step"), (dict(step=torch.tensor(1.0)), "step"),
+    (dict(stream="a"), "stream"), (dict(stream=2 ** 32), "stream"),
+    (dict(sample=-1), "sample"), (dict(sample=2 ** 32 - 1), "sample"),
+    (dict(sample=torch.zeros(3, dtype=torch.int64)), "sample"),
+    (dict(sample=torch.zeros(2)), "sample"),
     (dict(sample=torch.zeros(2, dtype=torch.int64, device="meta")), "sample"),
     (dict(seed=torch.zeros((), dtype=torch.int64, device="meta")), "seed"),
 ])
@@ -179,9 +197,10 @@ def test_gpu_draws_the_same(dtype):
     shape, sample = (5, 3, 37, 41), torch.tensor([4, 2 ** 32 - 1, 0, 9, 9])
     for rng in ((SEED, 3, 4, 5), (-9, sample, 2 ** 31 + 1, 2 ** 32 - 1)):
         on_gpu = [r.cuda() if isinstance(r, torch.Tensor) else r for r in rng]
-        got, want = randn(shape, *on_gpu, dtype=dtype, device="cuda"), randn(shape, *rng, dtype=dtype)
-        again = randn(shape, torch.tensor(rng[0]).cuda(), on_gpu[1], torch.tensor(rng[2]).cuda(), rng[3],
-                      dtype=dtype, device="cuda")
+        got, want = (randn(shape, *on_gpu, dtype=dtype, device="cuda"),
+                     randn(shape, *rng, dtype=dtype))
+        again = randn(shape, torch.tensor(rng[0]).cuda(), on_gpu[1], torch.tensor(rng[2]).cuda(),
+                      rng[3], dtype=dtype, device="cuda")
         assert torch.equal(got, again)
         if dtype.itemsize == 2:
             assert int(ulps(got.cpu(), want).max()) <= 1

@@ -14,9 +14,6 @@ METHOD = {"network", "walk", "objective", "sample", "denoise", "train", "main", 
 BANNERS = ["Flags", "Notation", "The method", "Sample", "Train", "Main"]
 NARROW = [path for folder in ("", "common/", "kernels/", "tests/")
           for path in sorted(ROOT.glob(f"{folder}*.py"))]
-WIDE = {f"{name}.py" for name in (  # from before there was a width; it goes with the next change
-    "aot", "interp_group_norm", "interp_noise_diffuse", "test_bench", "test_data", "test_diffuse",
-    "test_group_norm", "test_metrics", "test_noise", "test_pictures")}
 
 
 def test_a_function_of_one_name_is_one_text():
@@ -60,9 +57,8 @@ def test_a_kernel_s_rooms_come_in_one_order(kernel):
 
 @pytest.mark.parametrize("path", NARROW, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_line_is_wider_than_100(path):
-    if path.name not in WIDE:
-        lines = path.read_text().splitlines()
-        assert not [i for i, line in enumerate(lines, 1) if len(line) > 100]
+    lines = path.read_text().splitlines()
+    assert not [i for i, line in enumerate(lines, 1) if len(line) > 100]
 
 
 def test_common_imports_no_script_and_only_the_networks_import_kernels():
