@@ -387,6 +387,11 @@ def held(call):
         return call()
 
 
+def alike(ours, others):
+    """Whether y and dx are the same to a twentieth of their largest value."""
+    return all((a - b).abs().max() <= 0.05 * a.abs().max() for a, b in zip(ours, others))
+
+
 def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguous_format, LAST),
               batch=None):
     """Forward and backward of every GroupNorm shape, in both layouts if not told otherwise."""
@@ -403,14 +408,15 @@ def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguo
                         continue
                     seen.add(key)
                     n, c = shape[:2]
+                    name = (f"{'x'.join(map(str, shape))} /{groups} {str(dtype)[6:]} "
+                            f"{'last' if layout is LAST else 'nchw'}")
+                    name += " scale, shift" * adaptive + " linear" * (not silu)
                     x = torch.randn(shape, device=clock.device, dtype=dtype).contiguous(
                         memory_format=layout)
                     weight, bias = torch.ones(2, c, device=clock.device).unbind()
                     scale, shift = (
                         torch.randn(n, 2 * c, device=clock.device, dtype=dtype).chunk(2, 1)
                         if adaptive else (None, None))
-                    given = [v if v is None else v.detach().requires_grad_()
-                             for v in (x, weight, bias, scale, shift)]
                     dy = torch.randn_like(x)
                     functions = dict(ours=group_norm.group_norm, eager=eager_norm)
                     if compiled:
@@ -418,12 +424,15 @@ def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguo
                         functions["compile"] = torch.compile(eager_norm, dynamic=False)
                     if gnnhwc and layout is LAST and not adaptive:
                         functions["gnnhwc"] = lambda x, groups, weight, bias, *none, silu: gnnhwc(
-                            x, weight.to(x.dtype), bias.to(x.dtype), groups, 1e-5, 2 * silu)
-                    calls, back = {}, {}
+                            x, weight, bias, groups, 1e-5, 2 * silu)
+                    calls, back, found = {}, {}, {}
                     for way, f in functions.items():
                         silu_by_name = dict(silu=silu)
-                        plain = (x, groups, weight, bias, scale, shift)
-                        calls[way] = lambda f=f: f(*plain, **silu_by_name)
+                        # gnnhwc takes weights of x's type alone
+                        plain = [v if v is None else v.to(dtype if way == "gnnhwc" else v.dtype)
+                                 for v in (x, weight, bias, scale, shift)]
+                        given = [v if v is None else v.detach().requires_grad_() for v in plain]
+                        calls[way] = lambda f=f, v=plain: f(v[0], groups, *v[1:], **silu_by_name)
                         try:
                             y = f(given[0], groups, *given[1:], **silu_by_name)
                         except Exception:  # told by compare
@@ -431,15 +440,18 @@ def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguo
                         wanted = [v for v in given if v is not None]
                         back[way] = lambda y=y, w=wanted: torch.autograd.grad(
                             y, w, dy, retain_graph=True)
+                        if way in ("ours", "gnnhwc"):
+                            found[way] = y.detach(), back[way]()[0]
+                    if "gnnhwc" in found and not alike(found["ours"], found["gnnhwc"]):
+                        print(f"{name}: gnnhwc computes something else, and is left out",
+                              file=sys.stderr)
+                        del calls["gnnhwc"], back["gnnhwc"]
                     if in_steps(x, groups):
                         back["held"] = lambda ours=back["ours"]: held(ours)
                     if ("liger_group_norm" in locals() and not adaptive and not silu
                             and layout is not LAST):
                         calls["liger"] = lambda: liger_group_norm(
                             x.view(n, c, -1), weight, bias, c, groups, 1e-5)
-                    name = (f"{'x'.join(map(str, shape))} /{groups} {str(dtype)[6:]} "
-                            f"{'last' if layout is LAST else 'nchw'}")
-                    name += " scale, shift" * adaptive + " linear" * (not silu)
                     size = x.numel() * x.element_size()
                     yield compare(f"group_norm {name}", calls, 2 * size, clock, copy)
                     yield compare(f"group_norm backward {name}", back, 3 * size, clock, copy)
@@ -628,7 +640,8 @@ def check(device):
         for layout in (torch.contiguous_format, LAST):
             for shape, groups in (((3, 32, 16, 16), 8), ((16, 64, 8, 8), 16),
                                   ((16, 256, 8, 8), 16), ((2, 64, 128, 128), 16),
-                                  ((2, 24, 7, 5), 8)):
+                                  ((2, 24, 7, 5), 8), ((2, 32, 32, 32), 2), ((2, 64, 31, 33), 4),
+                                  ((2, 128, 64, 32), 32)):  # the last three: in steps
                 n, c = shape[:2]
                 x = (torch.randn(shape, device=device) + 2).to(dtype).contiguous(
                     memory_format=layout)

@@ -16,7 +16,8 @@ positions p:
 Bytes per element of e bytes: at least 2e forward (x in, y out) and 3e backward (x and dy in, dx
 out). These kernels move that while a group fits in one tile: 16,384 values, its channels and its
 positions each counted as the next power of two (and in channels_last as many groups as make rows of
-16 bytes); 3e and 5e above. Eager PyTorch (F.group_norm, mul, add, F.silu) moves 9e and 15e.
+16 bytes); 3e and 5e above. Backward reads a tile of over 8,192 values twice, the second time from
+the caches as far as they reach. Eager PyTorch (F.group_norm, mul, add, F.silu) moves 9e and 15e.
 Statistics are fp32 and centred, E[(x - mean)^2]: E[x^2] - mean^2 has no right digit left at
 mean / std = 1000. Backward keeps x and two numbers a group, and computes z again. Nothing is summed
 by atomics: the same bits in every run.
@@ -48,7 +49,7 @@ if (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     except ImportError:
         triton = None
 
-TILE = 16384  # values of a group that a program holds at once, without spilling registers
+TILE = 16384  # values of a group that one program takes whole; forward holds them in registers
 CHUNK = 8192  # values a program takes of a group larger than that
 STEP = 2048  # values the backward kernel takes at once of a tile larger than CHUNK
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -539,12 +540,13 @@ def _in_steps(tiles, e):
     """Those of _tiles for the backward kernel, a tile over CHUNK values taken in steps of STEP.
 
     Held whole, x and dy of 16,384 values fill the registers of a multiprocessor: one program at a
-    time, which waits for memory, computes and writes in turns. In steps three or more share it, and
-    what is read again lies in the caches. Not where rows would be shorter than 64 bytes.
+    time, which waits for memory, computes and writes in turns. In steps two to five share it; what
+    is read again is asked of the caches. Not where a contiguous x would be read in rows of less
+    than 64 bytes.
     """
     channels = tiles["BG"] * tiles["BC"]
-    bp = max(1, STEP // channels)
-    if channels * tiles["BP"] <= CHUNK or bp * e < 64 and not tiles["LAST"]:
+    bp = STEP // channels
+    if channels * tiles["BP"] <= CHUNK or bp < 1 or bp * e < 64 and not tiles["LAST"]:
         return dict(tiles, LOOPS=1)
     return dict(tiles, BP=bp, LOOPS=triton.cdiv(tiles["P"], bp),
                 num_warps=max(1, channels * bp // 256))

@@ -84,7 +84,7 @@ def main():
                 ((3, 12, 5, 7), 4, None), ((2, 12, 5, 7), 4, last), ((2, 8, 2, 2), 8, last),
                 ((2, 10, 3, 3), 1, None), ((1, 70, 3, 3), 1, last), ((3, 150), 2, None),
                 ((1, 6, 45), 2, None), ((1, 7, 2, 3, 2), 7, last_3d), ((1, 64, 2, 2), 2, None),
-                ((35, 2, 2, 2), 1, None), ((3, 32, 5, 7), 8, last),
+                ((131, 2, 2, 2), 1, None), ((3, 32, 5, 7), 8, last),
                 # the last two: groups share tiles
                 ((65, 16, 3, 2), 8, last), ((3, 16, 3, 5), 16, last)):
             for dtype, adaptive, silu in ((torch.float32, True, True), (torch.bfloat16, True, True),

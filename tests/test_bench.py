@@ -19,6 +19,8 @@ def bench(monkeypatch):
     from kernels import bench
     monkeypatch.setattr(bench, "UNETS", {"tiny": (
         dict(in_channels=3, size=8, width=8, multipliers=(1, 2), blocks=1, attention=()), 2)})
+    # whoever imported the kernels first, in_steps asks for Triton's arithmetic
+    monkeypatch.setattr(bench.group_norm, "triton", bench.triton)
     return bench
 
 
@@ -42,36 +44,51 @@ def test_rows(bench):
     assert len(lines) in (4, 5) and all("images/s" in line for line in lines)
 
 
-def test_columns_of_others_and_of_held_tiles(bench, monkeypatch, tmp_path, capfd):
-    """gnnhwc as its callers meet it, in plain PyTorch; then where its CUDA code does not build."""
-    package = tmp_path / "gnnhwc"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "custom_gn.py").write_text(
-        "import torch.nn.functional as F\n\n\n"
-        "class GN_NHWC_Func:\n"
-        "    def apply(x, weight, bias, groups, eps, activation):\n"
-        "        assert weight.dtype == bias.dtype == x.dtype and activation in (0, 2)\n"
-        "        y = F.group_norm(x, groups, weight, bias, eps)\n"
-        "        return F.silu(y) if activation else y\n")
+GNNHWC = """
+import torch.nn.functional as F
+
+
+class GN_NHWC_Func:
+    def apply(x, weight, bias, groups, eps, activation):
+        assert weight.dtype == bias.dtype == x.dtype
+        y = F.group_norm(x, groups, weight, bias, eps)
+        return F.silu(y) if activation == 2 else y
+"""
+
+
+@pytest.mark.parametrize("source, says", (
+    (GNNHWC, ""), (GNNHWC.replace("== 2", "== 1"), "gnnhwc computes something else"),
+    ("raise RuntimeError('no nvcc')", "no column of gnnhwc: RuntimeError no nvcc")),
+    ids=("right", "wrong", "does not build"))
+def test_column_of_gnnhwc(bench, monkeypatch, tmp_path, capfd, source, says):
+    """As its callers meet it, in plain PyTorch: beside ours where it computes the same."""
+    (tmp_path / "gnnhwc").mkdir()
+    (tmp_path / "gnnhwc" / "__init__.py").touch()
+    (tmp_path / "gnnhwc" / "custom_gn.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(bench.group_norm, "triton", pytest.importorskip("triton"))
-    monkeypatch.setattr(bench.group_norm, "CHUNK", 16)
-    monkeypatch.setattr(bench.group_norm, "STEP", 16)
-    clock = bench.Clock("cpu", repeats=1)
-
-    def rows():
-        return [*bench.norm_rows(clock, 1.0, [torch.bfloat16], ["tiny"], compiled=False)]
-
-    found = rows()
-    for row in found:
-        wanted = "last" in row["name"] and "scale" not in row["name"]
+    known = set(sys.modules)
+    rows = [*bench.norm_rows(bench.Clock("cpu", repeats=1), 1.0, [torch.bfloat16], ["tiny"],
+                             compiled=False)]
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
+    for row in rows:
+        wanted = not says and "last" in row["name"] and "scale" not in row["name"]
         assert ("gnnhwc" in row) == wanted and math.isfinite(row.get("gnnhwc", 0)), row
-    assert {"backward" in row["name"] for row in found if "held" in row} == {True}
-    (package / "custom_gn.py").write_text("raise RuntimeError('no nvcc')\n")
-    monkeypatch.delitem(sys.modules, "gnnhwc.custom_gn")
-    assert not any("gnnhwc" in row for row in rows())
-    assert "no column of gnnhwc: RuntimeError no nvcc" in capfd.readouterr().err
+    assert any("gnnhwc" in row for row in rows) == (not says) and says in capfd.readouterr().err
+
+
+def test_column_of_held_tiles(bench, monkeypatch):
+    x = torch.empty(2, 32, 32, 32)
+    tiles, *_ = bench.group_norm._tiles(x, 2, 16)
+    assert bench.in_steps(x, 2) and not bench.in_steps(torch.empty(2, 32, 8, 8), 2)
+    steps = lambda: bench.group_norm._in_steps(tiles, 4)["LOOPS"]  # noqa: E731
+    assert bench.held(steps) == 1 and steps() == 8
+    monkeypatch.setattr(bench, "in_steps", lambda x, groups: x.shape[1:3] == (8, 8))
+    rows = bench.norm_rows(bench.Clock("cpu", repeats=1), 1.0, [torch.float32], ["tiny"],
+                           compiled=False)
+    for row in rows:
+        wanted = "backward" in row["name"] and "x8x8x8 " in row["name"]
+        assert ("held" in row) == wanted, row
 
 
 def test_overhead(bench):

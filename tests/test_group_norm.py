@@ -245,10 +245,11 @@ def test_kernels_in_the_interpreter(program):
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("shape, groups", (
     ((64, 128, 32, 32), 32), ((16, 64, 128, 128), 16), ((8, 256, 16, 16), 8),
-    ((64, 512, 8, 8), 32), ((64, 256, 16, 16), 32)), ids=str)
+    ((64, 512, 8, 8), 32), ((64, 256, 16, 16), 32), ((2, 32, 32, 32), 2), ((2, 64, 31, 33), 4),
+    ((300, 8, 4, 4), 2)), ids=str)
 def test_gpu_every_kernel(shape, groups, layout):
-    """Tiles of several groups, split groups: right, the same bits in every run, in one graph, and
-    replayed."""
+    """Tiles of several groups, split groups, steps, more samples than the parameters' kernel takes
+    at once: right, the same bits in every run, in one graph, and replayed."""
     for dtype in (torch.float32, torch.bfloat16):
         case = (*inputs(shape, dtype, layout=layout, device="cuda"), groups)
         ours = gradients(group_norm, *case)
