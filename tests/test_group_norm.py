@@ -256,8 +256,8 @@ def test_gpu_every_kernel(shape, groups, layout):
         assert_no_worse(ours, gradients(eager, *case),
                         gradients(closed_form, *case, dtype=torch.float64), dtype)
         assert all(torch.equal(a, b) for a, b in zip(ours, gradients(group_norm, *case)))
-        torch.testing.assert_close(gradients(torch.compile(group_norm, fullgraph=True), *case),
-                                   ours, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(torch.compile(group_norm, fullgraph=True), *case), ours,
+                               rtol=0, atol=0)
     x, *rest = case[:5]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
