@@ -19,17 +19,22 @@ part() {  # name, seconds, command ...
 }
 
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' | tee "$out/gpu"
-part graphs 120 "$python" -m pytest tests/test_gpu.py -k test_gpu_
-part failed-once 45 "$python" -m pytest tests/test_scripts.py -k "test_gpu_ and (vdm or ddgan)"
+part graphs 110 "$python" -m pytest tests/test_gpu.py -k test_gpu_
 part bench 150 "$python" -m kernels.bench --quick --dtypes bf16 --unets cifar10 --batch 256
-part others 60 "$python" -m pytest tests -k test_gpu_ --deselect tests/test_gpu.py \
-    --deselect tests/test_scripts.py
 cd "$out"
 train=("$python" "$here/ddim.py" --train --data-root "$here/data")
-part compiled 40 "${train[@]}" --iters 20 --run warm  # Triton's kernels, before anything is timed
-part digits-plain 45 "${train[@]}" --minutes 0.25 --run plain
-part digits-graph 45 "${train[@]}" --minutes 0.25 --run graph --graph
+part compiled 30 "${train[@]}" --iters 20 --run warm  # Triton's kernels, before anything is timed
+part digits-plain 40 "${train[@]}" --minutes 0.25 --run plain
+part digits-graph 40 "${train[@]}" --minutes 0.25 --run graph --graph
 tail -n 1 plain/metrics.csv graph/metrics.csv
+cd "$here"
+part others 60 "$python" -m pytest tests -k test_gpu_ --deselect tests/test_gpu.py \
+    --deselect tests/test_scripts.py
+for script in vdm ddgan; do
+    part "failed-once-$script" 90 "$python" -m pytest tests/test_scripts.py \
+        -k "test_gpu_ and $script"
+done
+cd "$out"
 if ls "$here/data" 2>/dev/null | grep -qi cifar; then
     for script in ddim ddgan; do
         part "cifar10-$script" 90 "$python" "$here/$script.py" --train --data cifar10 --graph \

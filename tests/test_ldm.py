@@ -292,7 +292,8 @@ def test_dead_codes_move_to_latents_of_chosen_pictures(place):
     assert torch.equal(found[0][~dead], before[~dead])
     everywhere = ldm.encoded(c, ae, set_.batch(torch.arange(len(set_)))[0])
     everywhere = everywhere.movedim(1, -1).flatten(0, 2)
-    nearest = torch.cdist(found[0][dead], everywhere).min(1).values
+    nearest = torch.cdist(found[0][dead], everywhere,  # by products it errs by 3e-4
+                          compute_mode="donot_use_mm_for_euclid_dist").min(1).values
     assert nearest.max() < 1e-4
 
 

@@ -26,17 +26,27 @@ from kernels.noise import randn
 
 GAN = ["--width", "8", "--attention", ",", "--size", "8", "--batch", "64", "--lr", "2e-3",
        "--width-d", "8", "--z", "10"]  # with fewer layers than SMALL, since it is trained often
+# Levels of 256 that rounding may make, where a network that is hardly trained magnifies it: vdm.py's
+# is told sin(2^8 pi x). With another batch some CPUs' kernels round otherwise, compiled ones do.
+ROUNDING = {"vdm": 32}
 POINTS = ["--data", "swirl", "--width", "32", "--T", "50", "--batch", "64"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder to run in, with one trained model of each script; the drawn data is made once."""
+def place(request, tmp_path_factory):
+    """A folder to run in, with one trained model of each script; the drawn data is made once.
+
+    Where every test that was asked for names a script, only those scripts' models are trained.
+    """
     folder = tmp_path_factory.mktemp("place")
+    tests = [item for item in request.session.items if "place" in item.fixturenames]
+    asked = {item.callspec.params.get("script") if hasattr(item, "callspec") else None
+             for item in tests}
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setitem(metrics.UPDATES, 1, 150)  # its judge need not be good to be tested here
     for script in SMALL:
-        run(folder, script, "--train", "--iters", ITERS[script], *SMALL[script])
+        if script in asked or None in asked:
+            run(folder, script, "--train", "--iters", ITERS[script], *SMALL[script])
     yield folder
     monkeypatch.undo()
 
@@ -309,7 +319,7 @@ def test_sample_i_of_a_seed_is_the_same_whatever_n(place, script):
         return samples
 
     three, five = pictures(3, 4), pictures(5, 4)
-    assert (np.abs(three - five[:3]) <= 1).mean() >= 0.999
+    assert (np.abs(three - five[:3]) <= ROUNDING.get(script, 1)).mean() >= 0.999
     assert np.abs(five[0] - five[1]).mean() > 1
     assert (pictures(3, 4) == three).all() and (pictures(3, 5) != three).any()
 
@@ -1009,6 +1019,4 @@ def test_gpu_compiled_sampling_gives_the_same_pictures(place, script):
                    *noisy)
         assert "without a CUDA graph" not in done.stderr
     (a, _), (b, _) = drawn(place / "plain.npz"), drawn(place / "compiled.npz")
-    # compiled, the network rounds otherwise; vdm.py's sees that in sin(2^8 pi x), so it grows
-    levels = 32 if script == "vdm" else 2
-    assert (np.abs(a - b) <= levels).mean() > 0.99 and a.std() > 20
+    assert (np.abs(a - b) <= ROUNDING.get(script, 2)).mean() > 0.99 and a.std() > 20
