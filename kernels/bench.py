@@ -395,66 +395,61 @@ def alike(ours, others):
 def norm_rows(clock, copy, dtypes, unets, compiled=True, layouts=(torch.contiguous_format, LAST),
               batch=None):
     """Forward and backward of every GroupNorm shape, in both layouts if not told otherwise."""
-    with contextlib.suppress(ImportError):
-        from liger_kernel.transformers.functional import liger_group_norm
     gnnhwc = built_norm()
-    seen = set()
-    for unet in unets:
-        for shape, groups, adaptive, silu in norm_shapes(UNETS[unet][0], batch or UNETS[unet][1]):
-            for dtype in dtypes:
-                for layout in layouts:
-                    key = shape, groups, adaptive, silu, dtype, layout
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    n, c = shape[:2]
-                    name = (f"{'x'.join(map(str, shape))} /{groups} {str(dtype)[6:]} "
-                            f"{'last' if layout is LAST else 'nchw'}")
-                    name += " scale, shift" * adaptive + " linear" * (not silu)
-                    x = torch.randn(shape, device=clock.device, dtype=dtype).contiguous(
-                        memory_format=layout)
-                    weight, bias = torch.ones(2, c, device=clock.device).unbind()
-                    scale, shift = (
-                        torch.randn(n, 2 * c, device=clock.device, dtype=dtype).chunk(2, 1)
-                        if adaptive else (None, None))
-                    dy = torch.randn_like(x)
-                    functions = dict(ours=group_norm.group_norm, eager=eager_norm)
-                    if compiled:
-                        torch._dynamo.reset()  # else the ninth shape would silently run eagerly
-                        functions["compile"] = torch.compile(eager_norm, dynamic=False)
-                    if gnnhwc and layout is LAST and not adaptive:
-                        functions["gnnhwc"] = lambda x, groups, weight, bias, *none, silu: gnnhwc(
-                            x, weight, bias, groups, 1e-5, 2 * silu)
-                    calls, back, found = {}, {}, {}
-                    for way, f in functions.items():
-                        silu_by_name = dict(silu=silu)
-                        # gnnhwc takes weights of x's type alone
-                        plain = [v if v is None else v.to(dtype if way == "gnnhwc" else v.dtype)
-                                 for v in (x, weight, bias, scale, shift)]
-                        given = [v if v is None else v.detach().requires_grad_() for v in plain]
-                        calls[way] = lambda f=f, v=plain: f(v[0], groups, *v[1:], **silu_by_name)
-                        try:
-                            y = f(given[0], groups, *given[1:], **silu_by_name)
-                        except Exception:  # told by compare
-                            continue
-                        wanted = [v for v in given if v is not None]
-                        back[way] = lambda y=y, w=wanted: torch.autograd.grad(
-                            y, w, dy, retain_graph=True)
-                        if way in ("ours", "gnnhwc"):
-                            found[way] = y.detach(), back[way]()[0]
-                    if "gnnhwc" in found and not alike(found["ours"], found["gnnhwc"]):
-                        print(f"{name}: gnnhwc computes something else, and is left out",
-                              file=sys.stderr)
-                        del calls["gnnhwc"], back["gnnhwc"]
-                    if in_steps(x, groups):
-                        back["held"] = lambda ours=back["ours"]: held(ours)
-                    if ("liger_group_norm" in locals() and not adaptive and not silu
-                            and layout is not LAST):
-                        calls["liger"] = lambda: liger_group_norm(
-                            x.view(n, c, -1), weight, bias, c, groups, 1e-5)
-                    size = x.numel() * x.element_size()
-                    yield compare(f"group_norm {name}", calls, 2 * size, clock, copy)
-                    yield compare(f"group_norm backward {name}", back, 3 * size, clock, copy)
+    shapes = [shape for unet in unets
+              for shape in norm_shapes(UNETS[unet][0], batch or UNETS[unet][1])]
+    each = itertools.product(dict.fromkeys(shapes), dtypes, layouts)
+    for (shape, groups, adaptive, silu), dtype, layout in each:
+        yield from norm_pair(clock, copy, shape, groups, adaptive, silu, dtype, layout, compiled,
+                             gnnhwc)
+
+
+def norm_pair(clock, copy, shape, groups, adaptive, silu, dtype, layout, compiled, gnnhwc):
+    """The rows of one GroupNorm, forward and backward: ours beside whatever takes its arguments."""
+    n, c = shape[:2]
+    name = (f"{'x'.join(map(str, shape))} /{groups} {str(dtype)[6:]} "
+            f"{'last' if layout is LAST else 'nchw'}")
+    name += " scale, shift" * adaptive + " linear" * (not silu)
+    x = torch.randn(shape, device=clock.device, dtype=dtype).contiguous(memory_format=layout)
+    weight, bias = torch.ones(2, c, device=clock.device).unbind()
+    scale, shift = (torch.randn(n, 2 * c, device=clock.device, dtype=dtype).chunk(2, 1)
+                    if adaptive else (None, None))
+    dy = torch.randn_like(x)
+    functions = dict(ours=group_norm.group_norm, eager=eager_norm)
+    if compiled:
+        torch._dynamo.reset()  # else the ninth shape would silently run eagerly
+        functions["compile"] = torch.compile(eager_norm, dynamic=False)
+    if gnnhwc and layout is LAST and not adaptive:
+        functions["gnnhwc"] = lambda x, groups, weight, bias, *none, silu: gnnhwc(
+            x, weight, bias, groups, 1e-5, 2 * silu)
+    calls, back, found = {}, {}, {}
+    for way, f in functions.items():
+        # gnnhwc takes weights of x's type alone
+        plain = [v if v is None else v.to(dtype if way == "gnnhwc" else v.dtype)
+                 for v in (x, weight, bias, scale, shift)]
+        given = [v if v is None else v.detach().requires_grad_() for v in plain]
+        calls[way] = lambda f=f, v=plain: f(v[0], groups, *v[1:], silu=silu)
+        try:
+            y = f(given[0], groups, *given[1:], silu=silu)
+        except Exception:  # told by compare
+            continue
+        wanted = [v for v in given if v is not None]
+        back[way] = lambda y=y, w=wanted: torch.autograd.grad(y, w, dy, retain_graph=True)
+        if way in ("ours", "gnnhwc"):
+            found[way] = y.detach(), back[way]()[0]
+    if "gnnhwc" in found and not alike(found["ours"], found["gnnhwc"]):
+        print(f"{name}: gnnhwc computes something else, and is left out", file=sys.stderr)
+        del calls["gnnhwc"], back["gnnhwc"]
+    if in_steps(x, groups):
+        back["held"] = lambda ours=back["ours"]: held(ours)
+    if not adaptive and not silu and layout is not LAST:  # all that Liger's takes
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_group_norm
+            calls["liger"] = lambda: liger_group_norm(x.view(n, c, -1), weight, bias, c, groups,
+                                                      1e-5)
+    size = x.numel() * x.element_size()
+    yield compare(f"group_norm {name}", calls, 2 * size, clock, copy)
+    yield compare(f"group_norm backward {name}", back, 3 * size, clock, copy)
 
 
 def diffuse_rows(clock, copy, dtypes, compiled=True):

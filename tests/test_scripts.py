@@ -26,8 +26,8 @@ from kernels.noise import randn
 
 GAN = ["--width", "8", "--attention", ",", "--size", "8", "--batch", "64", "--lr", "2e-3",
        "--width-d", "8", "--z", "10"]  # with fewer layers than SMALL, since it is trained often
-# Levels of 256 that rounding may make, where a network that is hardly trained magnifies it: vdm.py's
-# is told sin(2^8 pi x). With another batch some CPUs' kernels round otherwise, compiled ones do.
+# Levels of 256 that rounding may make, where a network that is hardly trained magnifies it:
+# vdm.py's is told sin(2^8 pi x). With another batch some CPUs round otherwise, compiled they do.
 ROUNDING = {"vdm": 32}
 POINTS = ["--data", "swirl", "--width", "32", "--T", "50", "--batch", "64"]
 
