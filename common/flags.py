@@ -491,7 +491,7 @@ def _paths(c):
         stop(f"--out {out}: points go into a .png, .gif or .npz")
     if not out.suffix and os.path.isdir(out) and os.access(out, os.R_OK) and os.listdir(out):
         stop(f"--out {out} holds files already, and samples would mix with them: give a new folder")
-    if c.n > 256 and out.suffix == ".gif":
+    if c.n > 256 and out.suffix == ".gif" and c.data not in POINTS:
         stop(f"--n {c.n}: a .gif shows at most 256 samples")
     above = (out.parent if out.suffix else out, *out.parents)
     folder = next(place for place in above if os.path.exists(place))
@@ -575,7 +575,8 @@ def settings(method, groups, recipes, **given):
             raise ValueError(f"{_flag(name)} is for training: the checkpoint says what it is")
         if given.get("checkpoint") and name in ("label", "steps", "n", "out", "prompt", "image",
                                                 "mask", "walk"):
-            raise ValueError(f"{name} is for sample to take, or for you: load has no use for it")
+            raise ValueError(f"load has no use for {name}: it is an argument of sample, or a flag "
+                             "of the command alone")
     c = _lay(method, groups, recipes, given)
     only_pictures(c)
     place(c)
@@ -613,9 +614,11 @@ def device(name="auto"):
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(d for d in there if there[d]) if name == "auto" else name
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not there[name] or name == "cuda" and processes > torch.cuda.device_count():
-        stop(f"--device {name}: PyTorch finds none here, or fewer than there are processes; start "
-             "fewer, or give --device cpu")
+    if not there[name]:
+        stop(f"--device {name}: PyTorch finds none here; leave it out, or give --device cpu")
+    if name == "cuda" and processes > torch.cuda.device_count():
+        stop(f"--device {name}: {processes} processes, and PyTorch finds "
+             f"{torch.cuda.device_count()} here; start fewer, or give --device cpu")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 

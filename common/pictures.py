@@ -64,6 +64,10 @@ def curves(folder):
     except ValueError as fault:  # a program that writes into it is no reason to stop
         print(fault, file=sys.stderr)
         return
+    # A last row of a few updates may be one in which a lazy term was not computed at all.
+    steps = [int(row["step"]) for row in table]
+    if len(steps) > 2 and steps[-1] - steps[-2] < (steps[-2] - steps[-3]) / 2:
+        table = table[:-1]
     panels = {}  # what is shown -> its columns
     for name in header:
         if name not in ("step", "seconds") and any(row[name] for row in table):

@@ -226,7 +226,7 @@ def trained(c, methods=None, also=()):
         print(f"{c.method}.py has changed since {c.checkpoint} was trained: samples are drawn by "
               "today's text", file=sys.stderr)
     if not c.sheet:  # few points show no shape
-        c.sheet = 64 if len(c.shape) == 3 or c.out.endswith(".gif") else 1000
+        c.sheet = 64 if len(c.shape) == 3 else 1000
     return c, saved
 
 
@@ -648,6 +648,7 @@ class Run:
         self.due = next_sheet(self.seconds)
         self.began_at = before
         done = interrupted = paced = False
+        samples = "images" if len(self.c.shape) == 3 else "points"
         asked, heard, every = self.step, self.seconds, 1  # when the processes last agreed
         terminal = sys.stderr.isatty()
         bar = progress(text=str(self.c.run), leave=True, total=self.c.iters, initial=self.step,
@@ -667,7 +668,7 @@ class Run:
                     rate = (self.step - first) / max(self.seconds - before, 1e-9)
                     left = min((self.c.iters - self.step) / rate, self.limit - self.seconds)
                     where = f"{tqdm.format_interval(max(0, left))} left, " \
-                            f"{rate * self.c.batch:.0f} images/s"
+                            f"{rate * self.c.batch:.0f} {samples}/s"
                     self._slower()
                     numbers = self._flush()
                     if len(numbers) > 40 and terminal and not bar.disable:

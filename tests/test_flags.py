@@ -78,7 +78,7 @@ def test_rows_are_laid_in_the_table_s_order_and_the_user_s_flags_last():
     (dict(multipliers=[1, "2"]), "not a whole number"), (dict(sigma_hat="no"), "True or False"),
     (dict(lr=True), "--lr True is not a number"), (dict(data="swirl", heads=2), "for pictures"),
     (dict(checkpoint="a.pt", T=50), "--T is for training: the checkpoint says what it is"),
-    (dict(checkpoint="a.pt", steps=5), "steps is for sample to take")])
+    (dict(checkpoint="a.pt", steps=5), "load has no use for steps")])
 def test_settings_from_python_are_checked(wrong, words):
     with pytest.raises(ValueError, match=words):
         flags.settings("ddim", ddim.FLAGS, ddim.RECIPES, **wrong)
@@ -194,6 +194,22 @@ def test_bf16_is_used_where_it_resolves_what_counts(script, given, dtype, monkey
             parsed(script, f"{given} --precision bf16", monkeypatch)
         assert stopped.value.code == 2
         assert "--precision bf16 is too coarse" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpus, processes, words", (
+    (0, 1, "--device cuda: PyTorch finds none here; leave it out"),
+    (0, 2, "--device cuda: PyTorch finds none here; leave it out"),
+    (1, 2, "--device cuda: 2 processes, and PyTorch finds 1 here; start fewer"), (2, 2, "")))
+def test_a_device_that_is_not_there(gpus, processes, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if not words:
+        assert flags.device("cuda") == torch.device("cuda:1")
+        return
+    with pytest.raises(ValueError, match=words):
+        flags.device("cuda")
 
 
 # ---------------------------------------------------------------------------- what a graph hangs on

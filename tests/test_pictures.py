@@ -58,6 +58,17 @@ def test_curves_draw_every_column(tmp_path):
         "step,seconds,loss_1,loss_2\n10,1.0,0.5,0.1\n20,2.0,0.25,0.9\n")
     pictures.curves(tmp_path)
     assert Image.open(tmp_path / "loss.png").size[1] == one
+    # the last row covers one update, in which what is computed every tenth time was not
+    rows = "".join(f"{i},1,0.5\n" for i in range(10, 110, 10))
+    (tmp_path / "metrics.csv").write_text("step,seconds,lazy\n" + rows)
+    pictures.curves(tmp_path)
+    flat = (tmp_path / "loss.png").read_bytes()
+    (tmp_path / "metrics.csv").write_text("step,seconds,lazy\n" + rows + "101,1,0\n")
+    pictures.curves(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() == flat
+    (tmp_path / "metrics.csv").write_text("step,seconds,lazy\n" + rows + "108,1,0\n")
+    pictures.curves(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() != flat
     # more than a picture shows: means of four, so a flat line
     rows = "".join(f"{i},1,{i % 2},2,3\n" for i in range(1000))
     (tmp_path / "metrics.csv").write_text("step,seconds,loss,r1,spread\n" + rows)

@@ -341,7 +341,7 @@ def test_a_model_is_loaded_and_sampled_from_python(place, script):
     for wrong, words in ((dict(checkpoint="no.pt"), "no.pt is not there"),
                          (dict(checkpoint=file, eat=1), "has no flag --eat"),
                          (dict(checkpoint=file, width=8), "--width is for training"),
-                         (dict(checkpoint=file, label=3), "label is for sample to take")):
+                         (dict(checkpoint=file, label=3), "load has no use for label")):
         with pytest.raises(ValueError, match=words):
             module.load(**wrong)
 
@@ -535,6 +535,8 @@ def test_points_come_close_to_the_spiral(place, script):
     run(place, script, "--sample", "--data", "swirl", "--n", 30, "--steps", 5, "--out", "p.npz")
     points, _ = drawn(place / "p.npz")
     assert points.shape == (30, 2) and points.dtype == np.float32
+    done = run(place, script, "--sample", "--data", "swirl", "--steps", 5, "--out", "p.gif")
+    assert "1000 samples in" in done.stdout and Image.open(place / "p.gif").n_frames >= 5
     done = run(place, script, "--evaluate", "--data", "swirl")
     told = result(place / "runs" / f"{script}-swirl")
     assert "sliced Wasserstein" in done.stdout
