@@ -413,6 +413,16 @@ def trouble(c, real, fake, spread):
     return None
 
 
+def too_short(c, seconds, step):
+    """That --minutes end within the least squares, at the pace of `step` updates, or None."""
+    each = seconds / step
+    if not c.minutes or 60 * c.minutes / each > c.pretrain:
+        return None
+    return (f"at this pace --minutes {c.minutes:g} end before the GAN begins: the first "
+            f"{c.pretrain} updates are least squares (--pretrain), {c.pretrain * each / 60:.0f} "
+            "minutes")
+
+
 # ============================================================================================ Train
 def descend(optimizer, net, loss):
     """One step of the optimizer of net, a module."""
@@ -514,6 +524,8 @@ def train(c):
         tries = c.z > 0 and c.pretrain - c.pretrain_z < step <= c.pretrain
         run.log(**update(x0, label, first, gpu.number(step, c.device), *times(c, step, D_HALF),
                          *times(c, step, G_HALF), Kind(pretrain, judged, penalised, tries)))
+        if step == 200:
+            run.warn(too_short(c, run.seconds, step))
         if run.last and step % 500 == 0 and step > c.pretrain + 500:
             run.warn(trouble(c, run.last["real"], run.last["fake"], run.last["spread"]))
         n = run.shows(c.T)  # from time to time a sheet of what it draws by now

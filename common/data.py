@@ -1134,8 +1134,9 @@ def read_edit(image, mask, shape):
             raise ValueError(f"--mask {mask} has no white where the picture is: nothing would be "
                              "painted")
     if (width, height, mode) != (side, side, own):
-        print(f"{image}, {width} x {height} {mode}: its centre becomes {side} x {side} {own}, as "
-              "the data's", file=sys.stderr)
+        what = "it" if width == height else "its middle square"
+        print(f"{image}, {width} x {height} {mode}: {what} is made {side} x {side} {own}, as the "
+              "data are", file=sys.stderr)
     return x, white
 
 

@@ -409,3 +409,12 @@ def test_collapse_and_a_discriminator_that_is_sure_are_named(real, fake, spread,
     recon = (8.0, 0.0, 0.1)  # at t = 1 least squares decide
     told = ddgan.trouble(settings(T=T, recon=recon[:T]), real, fake, spread)
     assert told is None if words is None else words in told and "usually helps" in told
+
+
+def test_minutes_that_end_before_the_gan_begins_are_told():
+    c = settings(pretrain=2600, minutes=14.0)
+    assert ddgan.too_short(c, 200 * 0.3, 200) is None  # 13 minutes of least squares
+    told = ddgan.too_short(c, 200 * 0.6, 200)
+    assert "--minutes 14 end before" in told and "2600 updates" in told and "26 minutes" in told
+    assert ddgan.too_short(settings(pretrain=0, minutes=1.0), 1000, 200) is None
+    assert ddgan.too_short(settings(pretrain=2600, minutes=0.0), 1000, 200) is None

@@ -343,7 +343,7 @@ def test_how_many_steps_an_edit_has_is_the_model_s_to_say():
 def test_another_size_and_mode_is_taken_as_data_are_and_said(place):
     done = run(place, "ldm", "--sample", "--run", "said", "--image", "large.png", "--n", 2,
                "--steps", 2)
-    assert "large.png, 20 x 30 L: its centre becomes 8 x 8 RGB" in done.stderr
+    assert "large.png, 20 x 30 L: its middle square is made 8 x 8 RGB" in done.stderr
     assert "2 samples" in done.stdout and "said/edit.png" in done.stdout
     done = run(place, "ldm", "--sample", "--run", "said", "--image", "image.png", "--n", 2,
                "--steps", 2)
