@@ -134,7 +134,7 @@ class Draw:
         x = self.samples()
         rows = len(x) // self.n
         label = None if self.label is None else self.label.repeat(rows)
-        each = len(self.frames or ()) // rows
+        each = len(self.frames or ()) // len(self.parts)  # frames of a batch
         frames = [torch.cat(self.frames[i::each]) for i in range(each)]
         with files.inputs():
             path = self.c.out or self.c.run / name

@@ -351,15 +351,16 @@ if triton is not None:
             mean1 = per_row(sum_groups(a * s1, BG), BG, BC) / (C // G * P)
             mean2 = per_row(sum_groups(a * s2, BG), BG, BC) / (C // G * P)
         if STAGE != 1:
-            shift = mean1 * rstd
-            curve = mean2 * rstd * rstd
+            # dx of the head, multiplied out, with xhat = d rstd: two instructions a value
+            less = mean1 * rstd
+            tilt = mean2 * rstd * rstd
             for i in tl.static_range(LOOPS):
                 if LOOPS > 1:               # one tile is held, more are read again from the caches
                     there, exist = tile_after(at, has, i, P, C, LAST, BP)
                     d, dz = gradient_at(x_ptr, dy_ptr, there, exist, mean, slope, b, SILU)
                 else:
                     there, exist = at, mask
-                dx = dz * slope - shift - d * curve
+                dx = dz * slope - less - d * tilt
                 tl.store(dx_ptr + there, dx.to(dx_ptr.dtype.element_ty), exist)
 
     @triton.jit
